@@ -1,0 +1,308 @@
+"""The commands of `statex`: parse, call, print. No logic, and nothing heavy imported before a command runs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+import statex
+from statex.errors import StatexError
+
+app = typer.Typer(
+    name="statex",
+    help="Give a pretrained recurrent language model a bigger memory: expand its state, recover it, measure recall, export.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+recipes_app = typer.Typer(help="List, show, copy and validate fine-tuning recipes.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+Source = Annotated[str, typer.Argument(metavar="CKPT", help="A checkpoint folder or a hub id.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: cuda where there is one.")]
+DType = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer folder or hub id, for a checkpoint that carries none.")]
+Data = Annotated[str | None, typer.Option("--data", help="Real text: .txt, .jsonl (field `text`), .gz of both, or .parquet.")]
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; works at any place of a command line.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"statex {statex.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def inspect(checkpoint: Source, as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False) -> None:
+    """Say what a checkpoint is, how large its state is, and which operators it can take. Reads headers only."""
+    inspection = statex.inspect(checkpoint)
+    show(inspection.to_dict() if as_json else inspection.table())
+
+
+@app.command()
+def expand(
+    checkpoint: Source,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; not needed with --dry-run.")] = None,
+    operator: Annotated[str | None, typer.Option(help="merge_heads, widen_state or lift_keys; default: the paper's for the family.")] = None,
+    factor: Annotated[int | None, typer.Option(help="How many times larger the state of a layer becomes.")] = None,
+    layers: Annotated[str | None, typer.Option(help="all, every:6, or a list such as 0,6,12; default: the paper's for the family.")] = None,
+    init: Annotated[str | None, typer.Option(help="preserve (same function), inherit or reinit.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random draw; default: 0, or the plan's.")] = None,
+    option: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the operator, such as mixing=scalar.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A YAML plan with per-layer entries, instead of the options above.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the table and write nothing.")] = False,
+    force: Force = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """Rewrite the heads of a checkpoint so that its state grows."""
+    if out is None and not dry_run:
+        raise StatexError("an output folder is missing", fix="Give one with -o OUT, or use --dry-run")
+    chosen = dict(operator=operator, factor=factor, layers=layers, init=init, seed=seed, plan_file=plan, options=key_values(option))
+    summary = statex.expand(checkpoint, out, dry_run=dry_run, force=force, **chosen)
+    show(summary.to_dict() if as_json else summary.table())
+    if not dry_run and not as_json:
+        say(f"Wrote {out}. Next: statex verify {checkpoint} {out}")
+
+
+@app.command()
+def verify(
+    base: Annotated[str, typer.Argument(help="The checkpoint before surgery.")],
+    expanded: Annotated[str, typer.Argument(help="The checkpoint after it.")],
+    data: Data = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of text to run.")] = 2048,
+    tokenizer: Tokenizer = None,
+    dtype: Annotated[str, typer.Option(help="Precision to compare in.")] = "float32",
+    device: Device = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """Run two checkpoints over real text and compare their logits. Exit code 1 when a `preserve` expansion changed the function."""
+    report = statex.verify(base, expanded, data=data, max_tokens=max_tokens, tokenizer=tokenizer, dtype=dtype, device=device)
+    show(report.to_dict() if as_json else report.table())
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def finetune(
+    checkpoint: Source,
+    out: Out,
+    recipe: Annotated[str | None, typer.Option(help="Name of a shipped recipe (statex recipes ls) or a YAML file; default: recovery.")] = None,
+    data: Annotated[list[str] | None, typer.Option("--data", help="Text to train on: file or hub id; may be repeated.")] = None,
+    held_out: Annotated[str | None, typer.Option("--held-out", help="Text to measure the loss on before, during and after.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key.")] = None,
+    device: Device = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out, exactly.")] = False,
+    force: Force = False,
+) -> None:
+    """Recover and improve a checkpoint with a short run."""
+    result = statex.finetune(
+        checkpoint, recipe, data, out, held_out=held_out, overrides=overrides, resume=resume, force=force, device=device
+    )
+    say(f"Wrote {result.out}: {result.steps} steps, final loss {result.final_loss:.4f}. Next: statex eval {result.out}")
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Source,
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated: mqar, passkey, niah, perplexity; default: all, perplexity with --data.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for JSON and plots.")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Context lengths in tokens, such as 512,1024.")] = None,
+    depths: Annotated[str | None, typer.Option(help="Needle depths between 0 and 1, such as 0,0.5,1.")] = None,
+    num_pairs: Annotated[str | None, typer.Option(help="Key-value pairs of MQAR, such as 4,16,64.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Samples a cell.")] = None,
+    data: Data = None,
+    tokenizer: Tokenizer = None,
+    seed: Annotated[int, typer.Option(help="Seed of every sample.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a batch; default: by length.")] = None,
+    device: Device = None,
+    dtype: DType = None,
+) -> None:
+    """Measure recall and language modelling; print a table, write JSON and pictures."""
+    result = statex.evaluate(
+        checkpoint,
+        tasks.split(",") if tasks else None,
+        out=out,
+        lengths=numbers(lengths, int, "--lengths"),
+        depths=numbers(depths, float, "--depths"),
+        num_pairs=numbers(num_pairs, int, "--num-pairs"),
+        samples=samples,
+        data=data,
+        tokenizer=tokenizer,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+    )
+    show(result.table())
+    if out is not None:
+        say(f"Wrote {out}")
+
+
+@app.command()
+def compare(
+    results: Annotated[list[Path], typer.Argument(help="Folders or JSON files that `statex eval -o` wrote.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for table and plot.")] = None,
+) -> None:
+    """Put several results side by side, as table and plot."""
+    comparison = statex.compare(results, out=out)
+    show(comparison.table())
+    if out is not None:
+        say(f"Wrote {out}")
+
+
+@app.command()
+def generate(
+    checkpoint: Source,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; - reads standard input.")],
+    max_new_tokens: Annotated[int, typer.Option()] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    num_beams: Annotated[int, typer.Option()] = 1,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Device = None,
+    dtype: DType = None,
+) -> None:
+    """Continue a text."""
+    from statex.models.generation import stream_text
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    sampling = dict(temperature=temperature, top_p=top_p, num_beams=num_beams, seed=seed)
+    stream_text(checkpoint, text, max_new_tokens=max_new_tokens, device=device, dtype=dtype, **sampling)
+
+
+@app.command()
+def export(
+    checkpoint: Source,
+    out: Out,
+    to: Annotated[str, typer.Option("--to", help="hf (remote code, any plan) or native (stock checkpoint, uniform plans).")] = "hf",
+    dialect: Annotated[str | None, typer.Option(help="native only: fla, transformers or mamba_ssm; default: that of the source.")] = None,
+    force: Force = False,
+) -> None:
+    """Write a checkpoint that other software loads without statex."""
+    if to == "hf":
+        statex.export_hf(checkpoint, out, force=force)
+    elif to == "native":
+        for warning in statex.export_native(checkpoint, out, dialect=dialect, force=force):
+            say(f"[yellow]note:[/yellow] {warning}")
+    else:
+        raise StatexError(f"there is no export format {to!r}", fix="Use --to hf or --to native")
+    say(f"Wrote {out}")
+
+
+@app.command()
+def quickstart(
+    out: Out = Path("runs/quickstart"),
+    force: Force = False,
+) -> None:
+    """The whole path on an embedded checkpoint, on a CPU, in minutes: inspect, expand, verify, finetune, eval, export."""
+    from statex.quickstart import run
+
+    run(out, force=force)
+
+
+@recipes_app.command("ls")
+def recipes_ls() -> None:
+    """List the recipes that ship with statex."""
+    from statex.recipes import list_recipes
+
+    for recipe in list_recipes():
+        say(f"[bold]{recipe.name:<16}[/bold] {recipe.description}")
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(help="Name of a recipe.")]) -> None:
+    """Print a recipe."""
+    from statex.recipes import recipe_text
+
+    typer.echo(recipe_text(name), nl=False)
+
+
+@recipes_app.command("copy")
+def recipes_copy(name: Annotated[str, typer.Argument()], destination: Annotated[Path, typer.Argument()], force: Force = False) -> None:
+    """Copy a recipe to edit it."""
+    from statex.recipes import copy_recipe
+
+    say(f"Wrote {copy_recipe(name, destination, force=force)}")
+
+
+@recipes_app.command("validate")
+def recipes_validate(recipe: Annotated[str, typer.Argument(help="A recipe file or name.")]) -> None:
+    """Check a recipe without running it."""
+    from statex.recipes import load_recipe
+
+    load_recipe(recipe)
+    say(f"{recipe} is valid")
+
+
+def numbers(text: str | None, kind: type, option: str) -> list[Any] | None:
+    """A comma-separated list of numbers, or None."""
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise StatexError(f"{option} takes numbers separated by commas, not {text!r}") from None
+
+
+def key_values(items: list[str] | None) -> dict[str, Any] | None:
+    """KEY=VALUE words as a dict, values read as YAML (so that `true` and `4` are what they look like)."""
+    if not items:
+        return None
+    import yaml
+
+    for item in items:
+        if "=" not in item:
+            raise StatexError(f"--set takes KEY=VALUE, not {item!r}")
+    return {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in items)}
+
+
+def show(result: Any) -> None:
+    """Print a table, or a dict as JSON."""
+    from rich.console import Console
+
+    if isinstance(result, dict):
+        import json
+
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        Console().print(result)
+
+
+def say(line: str) -> None:
+    from rich.console import Console
+
+    Console(soft_wrap=True, highlight=False).print(line)
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))
+    raise SystemExit(code)
+
+
+def main() -> None:
+    """Entry point: no traceback reaches a user unless --debug (or STATEX_DEBUG) asks for it."""
+    debug = "--debug" in sys.argv or bool(os.environ.get("STATEX_DEBUG"))
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, StatexError):
+            fail(str(error))
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            fail(f"the disk is full ({error.filename or 'output folder'}); nothing half-written was kept. Free some space and run again")
+        fail(f"unexpected {type(error).__name__}: {error}. Run again with --debug and report the traceback")

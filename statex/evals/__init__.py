@@ -1,0 +1,37 @@
+"""Recall and language-modelling measurements, comparisons of several checkpoints, and the check that two compute one function.
+
+The names below are imported when first used, so that importing this package imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .comparison import Comparison, compare
+    from .result import EvalResult, load_result
+    from .runner import evaluate
+    from .tasks import TASKS
+    from .verification import VerifyReport, verify
+
+_PLACES = {
+    "Comparison": "comparison",
+    "compare": "comparison",
+    "EvalResult": "result",
+    "load_result": "result",
+    "evaluate": "runner",
+    "TASKS": "tasks",
+    "VerifyReport": "verification",
+    "verify": "verification",
+}
+
+__all__ = ["TASKS", "Comparison", "EvalResult", "VerifyReport", "compare", "evaluate", "load_result", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_PLACES[name]}", __name__), name)
+    globals()[name] = value
+    return value

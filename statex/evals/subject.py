@@ -1,0 +1,246 @@
+"""The model under evaluation: loading, one batched scoring call for all tasks, and what identifies it in a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..checkpoints import open_checkpoint
+from ..errors import EvaluationError
+from .text import Encoder
+
+CPU_BATCH_TOKENS, BATCH_TOKENS = 4_096, 65_536
+"""Tokens of a forward pass when no batch size is given. A CPU is fastest when activations stay in its caches."""
+LOGIT_ELEMENTS = 2**28
+"""Logits of a forward pass at most (1 GiB in fp32); the batch shrinks to fit, down to one row."""
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Teacher-forced scores of the last `keep` tokens of each row, `[N, keep]`.
+
+    Attributes:
+        correct: the most likely token was the right one. Where all tokens of an answer are, greedy generation gives that answer.
+        nats: minus the log-probability of the right token.
+    """
+
+    correct: np.ndarray
+    nats: np.ndarray
+
+
+class Subject:
+    """A causal language model with its tokenizer.
+
+    The model is called as `model(input_ids=[B, T], attention_mask=None, logits_to_keep=n, use_cache=False)` and returns `.logits`
+    `[B, n, vocabulary]`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Encoder,
+        *,
+        identity: dict[str, Any] | None = None,
+        batch_size: int | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise EvaluationError(f"the batch size is {batch_size}", where="batch_size", fix="Give a number from 1")
+        self.model = model if device is None else model.to(device)
+        self.tokenizer = tokenizer
+        self.identity = identity or describe_model(model)
+        self.batch_size = batch_size
+        first = next(model.parameters(), None)
+        self.device = first.device if first is not None else torch.device(device or "cpu")
+        self.dtype = first.dtype if first is not None else torch.float32
+        self._vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", None) or len(tokenizer))
+
+    @contextmanager
+    def evaluation_mode(self) -> Iterator[None]:
+        """No dropout while this is open; a model that was being trained goes on training after."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
+    @torch.inference_mode()
+    def score(self, ids: np.ndarray, keep: int, advance: Callable[[int], None] = lambda rows: None) -> Scores:
+        """Score the last `keep` (< T) tokens of equally long rows `[N, T]`, batch by batch; `advance` hears of finished rows.
+
+        Raises:
+            EvaluationError: a token id beyond the model's vocabulary, NaN logits, or no memory.
+        """
+        if ids.max() >= self._vocabulary:
+            raise EvaluationError(
+                f"the tokenizer gives token id {ids.max()}, the model knows {self._vocabulary}",
+                where=str(self.identity["name"]),
+                fix="Use the tokenizer that the model was trained with",
+            )
+        correct, nats = np.empty((len(ids), keep), dtype=bool), np.empty((len(ids), keep))
+        at_once = self._rows_at_once(ids.shape[1], keep)
+        for start in range(0, len(ids), at_once):
+            rows = torch.from_numpy(ids[start : start + at_once]).to(self.device)
+            for offset, (row, logits) in enumerate(zip(rows, self._logits(rows, keep + 1), strict=True)):
+                # The logits of the last position predict a token after the row; the others each predict their successor.
+                predictions, targets = logits[:-1].float(), row[-keep:]
+                correct[start + offset] = (predictions.argmax(-1) == targets).cpu().numpy()
+                surprise = predictions.logsumexp(-1) - predictions.gather(-1, targets[:, None])[:, 0]
+                nats[start + offset] = surprise.double().cpu().numpy()
+            advance(len(rows))
+        if np.isnan(nats).any():
+            raise EvaluationError(
+                "the model gives NaN logits", where=str(self.identity["name"]), fix="Try --dtype float32, or check the weights"
+            )
+        return Scores(correct, nats)
+
+    def _logits(self, rows: torch.Tensor, keep: int) -> torch.Tensor:
+        try:
+            logits = self.model(input_ids=rows, attention_mask=None, logits_to_keep=keep, use_cache=False).logits
+        except torch.OutOfMemoryError as error:
+            raise EvaluationError(
+                f"{rows.shape[0]} rows of {rows.shape[1]} tokens do not fit into memory",
+                where=str(self.device),
+                fix="Give a smaller --batch-size",
+            ) from error
+        # A model that does not know `logits_to_keep` gives all of them.
+        return cast(torch.Tensor, logits[:, -keep:])
+
+    def _rows_at_once(self, length: int, keep: int) -> int:
+        wanted = self.batch_size or (CPU_BATCH_TOKENS if self.device.type == "cpu" else BATCH_TOKENS) // length
+        return max(1, min(wanted, LOGIT_ELEMENTS // ((keep + 1) * self._vocabulary)))
+
+
+def load_subject(
+    checkpoint: str | Path | nn.Module,
+    *,
+    tokenizer: Encoder | str | Path | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Subject:
+    """A subject from a checkpoint folder, a hub id or a loaded model (which then needs its tokenizer).
+
+    The weights are computed in fp32 on a CPU and in the checkpoint's own dtype elsewhere, unless `dtype` says otherwise.
+
+    Raises:
+        EvaluationError: no tokenizer, an unknown dtype, or a device that is not there.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    wanted = parse_dtype(dtype)
+    if isinstance(checkpoint, nn.Module):
+        if tokenizer is None:
+            raise EvaluationError("a loaded model comes without a tokenizer", where="tokenizer", fix="Pass tokenizer= as well")
+        model = checkpoint if wanted is None else checkpoint.to(wanted)
+        return Subject(model, load_tokenizer(tokenizer), batch_size=batch_size, device=device)
+    place = pick_device(device)
+    if wanted is None and place.type == "cpu":
+        wanted = torch.float32
+    # Headers and tokenizer first: what is wrong with them shows before the weights are read.
+    with open_checkpoint(checkpoint) as files:
+        found = load_tokenizer(files.path if tokenizer is None else tokenizer)
+        model = load_model(checkpoint, dtype=wanted, device=place)
+        folder = files.path.resolve() if Path(checkpoint).is_dir() else None
+        identity = describe_model(model) | {
+            "name": folder.name if folder else str(checkpoint),
+            "path": str(folder or checkpoint),
+            "sha256": files.sha256(),
+        }
+    return Subject(model, found, identity=identity, batch_size=batch_size)
+
+
+def load_model(checkpoint: str | Path, *, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+    """Open a checkpoint with the project's own models."""
+    from ..models import load
+
+    return load(checkpoint, dtype=dtype, device=device)
+
+
+def load_tokenizer(source: Encoder | str | Path) -> Encoder:
+    """The tokenizer itself, of a folder, or of a hub id.
+
+    Raises:
+        EvaluationError: the folder holds no tokenizer files (transformers would build an empty one), or they cannot be read.
+    """
+    if not isinstance(source, str | Path):
+        return source
+    fix = "Copy the tokenizer's files there, or give --tokenizer FOLDER_OR_HUB_ID"
+    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in _TOKENIZER_FILES):
+        raise EvaluationError("the checkpoint folder holds no tokenizer", where=str(source), fix=fix)
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    from .. import models  # noqa: F401  (registers the model type, which AutoTokenizer looks up)
+
+    # It reads config.json as well, and warns of model types that transformers does not know (fla's).
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return cast(Encoder, AutoTokenizer.from_pretrained(str(source)))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise EvaluationError(f"the tokenizer cannot be loaded ({_first_line(error)})", where=str(source), fix=fix) from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The device asked for, else the first GPU, else the CPU. Raises `EvaluationError` if it is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise EvaluationError(
+            f"the device cannot be used ({_first_line(error)})",
+            where=device,
+            fix="Leave --device out, or give cpu or cuda:0",
+        ) from error
+    return found
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A floating-point dtype by name (`float32`, `fp32`, `bfloat16`, `bf16` ...). Raises `EvaluationError` on others."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
+    found = getattr(torch, short.get(dtype, dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise EvaluationError(
+            f"{dtype!r} is not a dtype to compute in", where="dtype", fix=f"Give one of {', '.join(short.values())}"
+        )
+    return found
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """Name, parameters and, for the project's models, family, state elements per sequence and the plan that expanded it."""
+    config = getattr(model, "config", None)
+    identity: dict[str, Any] = {
+        "name": Path(str(getattr(config, "_name_or_path", "") or type(model).__name__)).name,
+        "model_type": getattr(config, "model_type", type(model).__name__),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    description = getattr(config, "description", None)
+    if description is not None:
+        identity |= {"family": description.family, "state_elements": sum(layer.state_elements for layer in description.layers)}
+        identity["plan"] = provenance(model).get("plan")
+    return identity
+
+
+def provenance(model: nn.Module) -> dict[str, Any]:
+    """How the model's checkpoint was made; empty for a native one."""
+    block = getattr(getattr(model, "config", None), "statex", None) or {}
+    return block.get("provenance") or {}
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

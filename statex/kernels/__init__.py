@@ -1,0 +1,146 @@
+"""Recurrences of the families behind one call each, on any device.
+
+Layout: rows `[B, T, H, D]`, states `[N, H, K, V]`, N being the batch or the number of packed sequences. This package imports
+nothing else of the project.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import chunked_gla, chunked_ssd, reference
+from .checks import check_gla, check_ssd
+from .lift import lift
+from .packed import run_in_buckets
+from .step import gla_step, ssd_step
+
+__all__ = ["BACKENDS", "gla", "gla_step", "lift", "ssd", "ssd_step"]
+
+BACKENDS: dict[str, dict[str, ModuleType]] = {
+    "reference": {"gla": reference, "ssd": reference},
+    "chunked": {"gla": chunked_gla, "ssd": chunked_ssd},
+}
+"""Backend name to the modules that hold its `gla` and `ssd`. A new backend is a line here."""
+
+
+def _backend(name: str) -> dict[str, ModuleType]:
+    if name == "auto":
+        return BACKENDS["chunked"]
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; choose one of auto, {', '.join(BACKENDS)}")
+    return BACKENDS[name]
+
+
+def gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float,
+    mixing: Tensor | None = None,
+    lift_gamma: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Gated linear attention (arXiv 2312.06635), with the readings that surgery adds.
+
+    S_t = Diag(exp(log_decay_t)) S_{t-1} + k_tᵀ v_t and o_t = scale · q_t S_t, per head, computed in float32 (float64 for float64
+    inputs) whatever autocast says.
+
+    Args:
+        q: `[B, T, Hq, K]`; Hq is a multiple of H, and query head h reads the state of head h // (Hq / H).
+        k: `[B, T, H, K]`.
+        v: `[B, T, H, V]`.
+        log_decay: `[B, T, H, K]`, nats, at most 0; -inf forgets everything.
+        scale: factor on q.
+        mixing: `[H, f, f]` or `[H, K, f]`. Value block j (of f) is read as scale · Σ_i (q_i ∘ M_ij) S_ij over key blocks i.
+        lift_gamma: `[Hq, (factor - 1) * K]`. Keys become `[k ; lift(k)]`, queries `[q ; lift_gamma ∘ lift(q)]`, decays repeat.
+        initial_state: `[N, H, factor * K, V]`, zeros by default.
+        output_final_state: also return the state after the last token.
+        cu_seqlens: borders `[N + 1]` of N sequences packed into one row (B = 1), from 0 to T. States do not cross borders.
+        backend: "auto", "chunked" (any device) or "reference" (float64, one token at a time).
+
+    Returns:
+        o `[B, T, Hq, V]` in the dtype of `q`, and the final state `[N, H, factor * K, V]` in float32 (float64), or None.
+
+    Raises:
+        ValueError: shapes that disagree, borders that do not run from 0 to T, a log-decay above 0, an unknown backend.
+    """
+    module = _backend(backend)["gla"]
+    check_gla(q, k, v, log_decay, mixing, lift_gamma, initial_state, cu_seqlens)
+    with torch.autocast(q.device.type, enabled=False):
+        if cu_seqlens is None or module is reference or (initial_state is None and not output_final_state):
+            return module.gla(
+                q, k, v, log_decay, scale=scale, mixing=mixing, lift_gamma=lift_gamma, initial_state=initial_state,
+                output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+            )  # fmt: skip
+
+        def run(rows: tuple[Tensor, ...], state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            return module.gla(
+                *rows, scale=scale, mixing=mixing, lift_gamma=lift_gamma, initial_state=state, output_final_state=True
+            )
+
+        o, final = run_in_buckets(run, (q, k, v, log_decay), initial_state, cu_seqlens)
+        return o, final if output_final_state else None
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    lift_gamma: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Mamba-2's state space model (arXiv 2405.21060).
+
+    S_t = exp(dt_t A) S_{t-1} + dt_t B_tᵀ x_t and y_t = C_t S_t + D x_t, per head, computed in float32 (float64 for float64 inputs)
+    whatever autocast says.
+
+    Args:
+        x: `[B, T, H, P]`.
+        dt: `[B, T, H]`, after softplus.
+        A: `[H]`, at most 0.
+        B, C: `[B, T, G, N]`; head h reads group h // (H / G).
+        D: `[H]`, the skip connection, or None.
+        lift_gamma: `[G, (factor - 1) * N]`. B becomes `[B ; lift(B)]` and C `[C ; lift_gamma ∘ lift(C)]`.
+        initial_state: `[sequences, H, factor * N, P]`, zeros by default.
+        output_final_state: also return the state after the last token.
+        cu_seqlens: borders of sequences packed into one row, as in `gla`.
+        backend: as in `gla`.
+
+    Returns:
+        y `[B, T, H, P]` in the dtype of `x`, and the final state `[sequences, H, factor * N, P]` in float32 (float64), or None.
+
+    Raises:
+        ValueError: shapes that disagree, borders that do not run from 0 to T, A above 0 or dt below 0, an unknown backend.
+    """
+    module = _backend(backend)["ssd"]
+    check_ssd(x, dt, A, B, C, D, lift_gamma, initial_state, cu_seqlens)
+    with torch.autocast(x.device.type, enabled=False):
+        if cu_seqlens is None or module is reference or (initial_state is None and not output_final_state):
+            return module.ssd(
+                x, dt, A, B, C, D=D, lift_gamma=lift_gamma, initial_state=initial_state,
+                output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+            )  # fmt: skip
+
+        def run(rows: tuple[Tensor, ...], state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            values, steps, keys, queries = rows
+            return module.ssd(
+                values, steps, A, keys, queries, D=D, lift_gamma=lift_gamma, initial_state=state, output_final_state=True
+            )
+
+        y, final = run_in_buckets(run, (x, dt, B, C), initial_state, cu_seqlens)
+        return y, final if output_final_state else None

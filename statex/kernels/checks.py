@@ -1,0 +1,118 @@
+"""Cheap checks of the kernels' inputs. Values are read only where that does not stall a device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    mixing: Tensor | None,
+    lift_gamma: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Raises `ValueError` on inputs that `gla` cannot mean."""
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay)):
+        _require(tensor.dim() == 4, f"{name} must be [B, T, H, D], got {_shape(tensor)}")
+    batch, tokens, heads, key_dim = k.shape
+    _require(tokens > 0, "there are no tokens: T = 0")
+    query_heads, value_dim = q.shape[2], v.shape[-1]
+    _expect("q", q, (batch, tokens, query_heads, key_dim))
+    _expect("v", v, (batch, tokens, heads, value_dim))
+    _expect("log_decay", log_decay, (batch, tokens, heads, key_dim))
+    _require(query_heads % heads == 0, f"{query_heads} query heads cannot share {heads} key heads: not a multiple")
+    if mixing is not None:
+        _check_mixing(mixing, heads, key_dim, value_dim)
+    factor = _checked_factor(lift_gamma, "query heads", query_heads, key_dim)
+    sequences = check_cu_seqlens(cu_seqlens, batch, tokens)
+    if initial_state is not None:
+        _expect("initial_state", initial_state, (sequences, heads, factor * key_dim, value_dim))
+    _require(not (_readable(log_decay) and bool((log_decay > 0).any())), "log_decay must be at most 0: states would grow for ever")
+
+
+def check_ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    lift_gamma: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Raises `ValueError` on inputs that `ssd` cannot mean."""
+    for name, tensor in (("x", x), ("B", B), ("C", C)):
+        _require(tensor.dim() == 4, f"{name} must be [B, T, H, D], got {_shape(tensor)}")
+    batch, tokens, heads, head_dim = x.shape
+    _require(tokens > 0, "there are no tokens: T = 0")
+    groups, d_state = B.shape[2:]
+    _expect("dt", dt, (batch, tokens, heads))
+    _expect("A", A, (heads,))
+    _expect("B", B, (batch, tokens, groups, d_state))
+    _expect("C", C, (batch, tokens, groups, d_state))
+    _require(heads % groups == 0, f"{heads} heads cannot share {groups} groups of B and C: not a multiple")
+    if D is not None:
+        _expect("D", D, (heads,))
+    factor = _checked_factor(lift_gamma, "groups", groups, d_state)
+    sequences = check_cu_seqlens(cu_seqlens, batch, tokens)
+    if initial_state is not None:
+        _expect("initial_state", initial_state, (sequences, heads, factor * d_state, head_dim))
+    _require(not (_readable(A) and bool((A > 0).any())), "A must be at most 0: states would grow for ever")
+    _require(not (_readable(dt) and bool((dt < 0).any())), "dt must be at least 0: pass it after softplus")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor | None, batch: int, tokens: int) -> int:
+    """Number of states: the batch, or the packed sequences. Raises `ValueError` unless borders rise from 0 to T in one row."""
+    if cu_seqlens is None:
+        return batch
+    _require(batch == 1, f"cu_seqlens packs sequences into one row, but the batch is {batch}: flatten it to [1, B*T, ...]")
+    _require(
+        cu_seqlens.dim() == 1 and len(cu_seqlens) >= 2 and not cu_seqlens.is_floating_point(),
+        f"cu_seqlens must be a vector of at least two integers, got {_shape(cu_seqlens)} of {cu_seqlens.dtype}",
+    )
+    if _readable(cu_seqlens):
+        borders = cu_seqlens.tolist()
+        whole = borders[0] == 0 and borders[-1] == tokens
+        _require(whole, f"cu_seqlens must run from 0 to T = {tokens}, got {borders[0]} to {borders[-1]}")
+        _require(borders == sorted(borders), "cu_seqlens must not fall")
+    return len(cu_seqlens) - 1
+
+
+def _check_mixing(mixing: Tensor, heads: int, key_dim: int, value_dim: int) -> None:
+    _require(mixing.dim() == 3, f"mixing must be [H, f, f] or [H, K, f], got {_shape(mixing)}")
+    blocks = mixing.shape[-1]
+    fits = mixing.shape[0] == heads and mixing.shape[1] in (blocks, key_dim)
+    _require(fits, f"mixing must be [{heads}, {blocks}, {blocks}] or [{heads}, {key_dim}, {blocks}], got {_shape(mixing)}")
+    divides = key_dim % blocks == 0 and value_dim % blocks == 0
+    _require(divides, f"mixing has {blocks} blocks, which do not divide K = {key_dim} and V = {value_dim}")
+
+
+def _checked_factor(lift_gamma: Tensor | None, rows_name: str, rows: int, key_dim: int) -> int:
+    if lift_gamma is None:
+        return 1
+    fits = lift_gamma.dim() == 2 and lift_gamma.shape[0] == rows and lift_gamma.shape[1] > 0 and lift_gamma.shape[1] % key_dim == 0
+    _require(fits, f"lift_gamma must be [{rows} {rows_name}, a multiple of {key_dim}], got {_shape(lift_gamma)}")
+    return 1 + lift_gamma.shape[1] // key_dim
+
+
+def _readable(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    _require(tuple(tensor.shape) == shape, f"{name} must be {list(shape)}, got {_shape(tensor)}")
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,95 @@
+"""One token of generation: the state is read and written once, in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .lift import channel_mixing, lift_factor, lifted_key, lifted_query
+
+
+@torch.no_grad()
+def gla_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    *,
+    scale: float,
+    mixing: Tensor | None = None,
+    lift_gamma: Tensor | None = None,
+) -> Tensor:
+    """One token of `statex.kernels.gla`. No gradients.
+
+    Args:
+        q: `[B, Hq, K]`, Hq a multiple of H.
+        k, log_decay: `[B, H, K]`.
+        v: `[B, H, V]`.
+        state: `[B, H, factor * K, V]`, float32 (or float64); updated in place.
+        scale, mixing, lift_gamma: as in `gla`.
+
+    Returns:
+        `[B, Hq, V]` in the dtype of `q`.
+    """
+    batch, heads, key_dim = k.shape
+    factor = lift_factor(lift_gamma, key_dim)
+    _check_state(state, (batch, heads, factor * key_dim, v.shape[-1]))
+    dtype = state.dtype
+    decay = log_decay.to(dtype).exp().repeat(1, 1, factor)
+    keys = lifted_key(k.to(dtype), factor)
+    queries = scale * lifted_query(q.to(dtype), None if lift_gamma is None else lift_gamma.to(dtype))
+    queries = queries.unflatten(1, (heads, -1))
+    state.mul_(decay[..., None]).addcmul_(keys[..., None], v.to(dtype)[:, :, None, :])
+    if mixing is None:
+        return (queries @ state).flatten(1, 2).to(q.dtype)
+    gains = channel_mixing(mixing.to(dtype), factor, key_dim)
+    read = torch.einsum("bhgk,hkj,bhkjv->bhgjv", queries, gains, state.unflatten(-1, (mixing.shape[-1], -1)))
+    return read.flatten(3).flatten(1, 2).to(q.dtype)
+
+
+@torch.no_grad()
+def ssd_step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    *,
+    D: Tensor | None = None,
+    lift_gamma: Tensor | None = None,
+) -> Tensor:
+    """One token of `statex.kernels.ssd`. No gradients.
+
+    Args:
+        x: `[B, H, P]`.
+        dt: `[B, H]`, after softplus.
+        A, D: `[H]`.
+        B, C: `[B, G, N]`.
+        state: `[B, H, factor * N, P]`, float32 (or float64); updated in place.
+        lift_gamma: as in `ssd`.
+
+    Returns:
+        `[B, H, P]` in the dtype of `x`.
+    """
+    batch, heads, head_dim = x.shape
+    groups, d_state = B.shape[1:]
+    factor = lift_factor(lift_gamma, d_state)
+    _check_state(state, (batch, heads, factor * d_state, head_dim))
+    dtype = state.dtype
+    values, steps = x.to(dtype), dt.to(dtype)
+    keys = lifted_key(B.to(dtype), factor)
+    queries = lifted_query(C.to(dtype), None if lift_gamma is None else lift_gamma.to(dtype))
+    state.mul_((steps * A.to(dtype)).exp()[..., None, None])
+    by_group = state.unflatten(1, (groups, -1))
+    by_group.addcmul_(keys[:, :, None, :, None], (steps[..., None] * values).unflatten(1, (groups, -1))[:, :, :, None, :])
+    y = (queries[:, :, None, None, :] @ by_group).squeeze(-2).flatten(1, 2)
+    if D is not None:
+        y = y + D.to(dtype)[:, None] * values
+    return y.to(x.dtype)
+
+
+def _check_state(state: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(state.shape) != expected:
+        raise ValueError(f"state has shape {list(state.shape)}, expected {list(expected)}")

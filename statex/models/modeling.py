@@ -1,0 +1,274 @@
+"""The one backbone: embedding, pre-norm blocks with a mixer and, where the family has one, a gated MLP, final norm, head."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from ..families.description import LayerDescription, ModelDescription
+from ..kernels import BACKENDS
+from .cache import StatexCache
+from .components import GatedMLP, Mixer, RMSNorm, ShortConvolution, TokenLayout
+from .configuration import StatexConfig
+from .gla import GLAMixer
+from .mamba2 import Mamba2Mixer
+
+MIXERS: dict[str, type[Mixer]] = {"gla": GLAMixer, "mamba2": Mamba2Mixer}
+"""Mixer of each family. A new family adds its file and a line here."""
+
+
+class StatexBlock(GradientCheckpointingLayer):
+    """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP."""
+
+    def __init__(self, model: ModelDescription, layer: LayerDescription, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.residual_in_fp32 = model.residual_in_fp32
+        self.mixer_norm = RMSNorm(model.hidden_size, model.norm_eps)
+        self.mixer = MIXERS[model.family](model, layer)
+        self.has_mlp = model.intermediate_size is not None
+        if model.intermediate_size is not None:
+            self.mlp_norm = RMSNorm(model.hidden_size, model.norm_eps)
+            self.mlp = GatedMLP(model.hidden_size, model.intermediate_size, model.hidden_act)
+
+    def forward(self, hidden_states: Tensor, layout: TokenLayout, past_key_values: StatexCache | None = None) -> Tensor:
+        """`[B, T, hidden] -> [B, T, hidden]`."""
+        state = None if past_key_values is None else past_key_values.layers[self.index]
+        if self.residual_in_fp32:
+            hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        hidden_states = hidden_states + self.mixer(self.mixer_norm(hidden_states), layout, state)
+        if self.has_mlp:
+            hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        return hidden_states
+
+
+class StatexPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about any `statex` model."""
+
+    config_class = StatexConfig
+    config: StatexConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["StatexBlock"]  # noqa: RUF012
+    _is_stateful = True
+    _keep_in_fp32_modules_strict = sorted({rf"mixer\.{name}" for mixer in MIXERS.values() for name in mixer.keep_in_fp32})
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Mixer):
+            module.reset_own_parameters()
+        elif isinstance(module, ShortConvolution):
+            module.reset_parameters()
+
+    def set_backend(self, backend: str) -> None:
+        """Choose the kernels of all mixers: `auto`, `reference`, `chunked`. Raises `ValueError` on any other name."""
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}; choose one of auto, {', '.join(BACKENDS)}")
+        for module in self.modules():
+            if isinstance(module, Mixer):
+                module.backend = backend
+
+
+class StatexModel(StatexPreTrainedModel):
+    """The backbone without the head."""
+
+    def __init__(self, config: StatexConfig) -> None:
+        super().__init__(config)
+        description = config.description
+        self.embeddings = nn.Embedding(description.vocab_size, description.hidden_size)
+        self.layers = nn.ModuleList(StatexBlock(description, layer, index) for index, layer in enumerate(description.layers))
+        self.norm = RMSNorm(description.hidden_size, description.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding."""
+        assert isinstance(value, nn.Embedding)
+        self.embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: StatexCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states `[B, T, hidden]` after the final norm; see `StatexForCausalLM.forward` for the arguments."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        shape = hidden_states.shape[:2]
+        if use_cache is None:
+            use_cache = bool(self.config.use_cache) and not self.training and cu_seqlens is None
+        past_key_values = self._cache(past_key_values, bool(use_cache), cu_seqlens)
+        mask = _local_mask(attention_mask, shape[1])
+        if cu_seqlens is not None:
+            hidden_states = hidden_states.flatten(0, 1)[None]
+            mask = None if mask is None else mask.flatten()[None]
+        layout = TokenLayout(mask, cu_seqlens)
+        visited = []
+        for block in self.layers:
+            if output_hidden_states:
+                visited.append(hidden_states)
+            hidden_states = block(hidden_states, layout, past_key_values=past_key_values)
+        hidden_states = self.norm(hidden_states)
+        if past_key_values is not None:
+            past_key_values.advance(shape[1])
+        if output_hidden_states:
+            visited.append(hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states.view(*shape, -1),
+            past_key_values=past_key_values,
+            hidden_states=tuple(visited) if output_hidden_states else None,
+        )
+
+    def _cache(self, past_key_values: StatexCache | None, use_cache: bool, cu_seqlens: Tensor | None) -> StatexCache | None:
+        if past_key_values is not None and not isinstance(past_key_values, StatexCache):
+            raise ValueError(f"past_key_values must be a StatexCache, not a {type(past_key_values).__name__}")
+        if cu_seqlens is not None and (use_cache or past_key_values is not None):
+            raise ValueError("a cache holds one state per row, packed rows (cu_seqlens) have several; run with use_cache=False")
+        # A checkpointed block runs twice, and must not read what its first run left in the cache.
+        if self.gradient_checkpointing and self.training:
+            return None
+        if past_key_values is None and use_cache:
+            return StatexCache(len(self.layers))
+        return past_key_values
+
+
+def _local_mask(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
+    """The mask of the tokens at hand, or None where nothing is padded.
+
+    Whether a mask is all ones can be seen for free on a CPU only; elsewhere looking would make the host wait for the device.
+    """
+    if attention_mask is None or tokens == 1 < attention_mask.shape[-1]:
+        return None  # a token generated after others is never padding
+    if attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask must be [batch, tokens], not {list(attention_mask.shape)}")
+    local = attention_mask[:, -tokens:]
+    if not torch.compiler.is_compiling() and local.device.type == "cpu" and bool(local.all()):
+        return None
+    return local
+
+
+class StatexForCausalLM(StatexPreTrainedModel, GenerationMixin):
+    """The backbone with a language modelling head; loads expanded and unexpanded checkpoints of every family."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: StatexConfig) -> None:
+        super().__init__(config)
+        self.model = StatexModel(config)
+        self.lm_head = nn.Linear(self.model.embeddings.embedding_dim, self.model.embeddings.num_embeddings, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_description(
+        cls, description: ModelDescription, seed: int = 0, *, device: torch.device | str = "cpu", **config_keys: Any
+    ) -> StatexForCausalLM:
+        """A new fp32 model in training mode whose weights are drawn by the inits that the family's file declares.
+
+        Args:
+            seed: keys every draw together with the tensor's name, so equally named and shaped tensors of two models are equal.
+            config_keys: further keys of the config, such as `eos_token_id`.
+        """
+        from .initialization import draw_weights
+
+        model = cls.empty(StatexConfig.from_description(description, **config_keys), dtype=torch.float32, device=device)
+        draw_weights(model, seed)
+        return model.train()
+
+    @classmethod
+    def empty(cls, config: StatexConfig, *, dtype: torch.dtype, device: torch.device | str) -> StatexForCausalLM:
+        """A model in evaluation mode whose weights are allocated but not set, decay parameters in fp32 at least."""
+        with torch.device("meta"):
+            model = cls(config)
+        fp32 = re.compile("|".join(cls._keep_in_fp32_modules_strict))
+        for name, parameter in model.named_parameters():
+            wide = torch.promote_types(dtype, torch.float32)
+            parameter.data = torch.empty_like(parameter, dtype=wide if fp32.search(name) else dtype)
+        model.to_empty(device=device)
+        model.tie_weights()
+        return model.eval()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # it knows no state sizes
+
+    def _prepare_cache_for_generation(self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any) -> None:  # type: ignore[override]
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = StatexCache(len(self.model.layers))
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers; keeps the description's vocabulary in step."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.config.description = replace(self.config.description, vocab_size=embeddings.num_embeddings)
+        return embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: StatexCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cu_seqlens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits and, with `labels`, the loss.
+
+        Args:
+            input_ids: `[B, T]`; or inputs_embeds: `[B, T, hidden]`.
+            attention_mask: `[B, >= T]`, 0 at padded tokens, which change no state; pad on the left to generate.
+            past_key_values: what an earlier call returned; changed in place.
+            labels: `[B, T]`, shifted here (the logits at t are scored by the label at t+1), -100 where no loss is wanted.
+            use_cache: whether to return `past_key_values`; by default as in the config, but not in training, with labels or packed
+                rows.
+            logits_to_keep: only the last n positions' logits (0: all), or those at an index tensor.
+            cu_seqlens: `[N + 1]` borders of sequences packed one after another into the B rows, counted over all B·T tokens, from 0
+                to B·T: states and convolutions restart at each. Row ends should be among them. The caller sets the label of each
+                sequence's first token to -100.
+            kwargs: `num_items_in_batch` divides the summed loss, as the Trainer wants under gradient accumulation.
+        """
+        if use_cache is None and labels is not None:
+            use_cache = False
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            cu_seqlens=cu_seqlens,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )

@@ -1,0 +1,184 @@
+"""`finetune`: a checkpoint, a recipe and data in; a checkpoint of the same kind out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from ..checkpoints import Checkpoint, open_checkpoint
+from ..errors import RecipeError
+from ..models import load
+from .card import model_card, run_provenance
+from .data.packing import Packer
+from .data.readers import Shard
+from .data.sources import open_sources
+from .optimizer import freeze, training_roles, undecayed_names
+from .reporting import Reporter
+from .schema import Entry, Recipe
+from .settle import Paths, settle
+from .store import RunStore, check_out, remove_run, resumed_recipe
+from .trainer import Trainer, accumulation_steps, make_accelerator
+
+TRAIN, HELD_OUT = 0, 1
+"""Purposes of random draws: training and evaluation never share a row."""
+TOKENIZER_FILES = ("tokenizer", "vocab", "spiece")
+"""How the names of tokenizer files start."""
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a run did.
+
+    Attributes:
+        out, log: the fine-tuned checkpoint, and its log.csv.
+        steps, tokens: of the whole run. seconds: of this call.
+        final_loss: of the last step, nats per token.
+        eval_before, eval_after: held-out loss before the first and after the last step; None without held-out data.
+    """
+
+    out: Path
+    log: Path
+    steps: int
+    tokens: int
+    seconds: float
+    final_loss: float
+    eval_before: float | None
+    eval_after: float | None
+
+
+def finetune(
+    checkpoint: str | Path,
+    recipe: str | Path | Recipe | None = None,
+    data: Paths = None,
+    out: str | Path = "finetuned",
+    *,
+    held_out: Paths = None,
+    overrides: Sequence[str] | Mapping[str, Any] | None = None,
+    resume: bool = False,
+    force: bool = False,
+    device: str | None = None,
+    progress: bool = True,
+) -> FinetuneResult:
+    """Fine-tune a checkpoint, expanded or not, native or canonical, into `out` (layout: `statex.recipes.store`).
+
+    Args:
+        checkpoint: folder or hub id.
+        recipe: a shipped recipe's name, a file, or a `Recipe`; by default `recovery`.
+        data: files, folders or hub ids that stand in for the recipe's text entries; its synthetic entries stay.
+        held_out: the same for its evaluation.
+        overrides: `key.path=value`, laid over the recipe.
+        resume: continue an interrupted run in `out` with its own recipe and data; losses go on bit for bit (on a CPU).
+        force: overwrite an earlier run in `out`.
+        device: `cpu` to stay off a GPU; by default the GPU where there is one.
+        progress: tell the loss on the console.
+
+    Raises:
+        RecipeError: recipe, data, tokenizer or output folder cannot be used; nothing was written.
+        CheckpointError: the checkpoint cannot be read.
+        TrainingError: the run stopped (NaN, loss spike, full disk, Ctrl-C); the message names the last good checkpoint.
+    """
+    started, out = time.perf_counter(), Path(out)
+    accelerator = make_accelerator(device)
+    if resume:
+        if recipe is not None or data is not None or held_out is not None:
+            raise RecipeError(
+                "a resumed run keeps its recipe and data", where=str(out), fix="Leave out --recipe and --data with --resume."
+            )
+        settled = resumed_recipe(out, overrides or ())
+    else:
+        settled = settle(recipe, data, held_out, overrides or ())
+        if accelerator.is_main_process:
+            check_out(out, Path(checkpoint) if Path(checkpoint).exists() else None, force=force)
+    with open_checkpoint(checkpoint) as source:
+        store = RunStore(out, source)
+        trainer = _trainer(settled, source, store, accelerator, store.latest() if resume else None)
+        reporter = None
+        if accelerator.is_main_process:
+            if not resume:
+                remove_run(out)
+            store.create(settled)
+            reporter = Reporter(out, start=trainer.progress.step, total=trainer.total, progress=progress)
+        try:
+            done = trainer.train(reporter)
+        finally:
+            if reporter:
+                reporter.close()
+        if accelerator.is_main_process:
+            told = run_provenance(done, settled, source)
+            store.finish(trainer.model.state_dict(), told, model_card(out.name, told, settled, source))
+        accelerator.wait_for_everyone()
+    return FinetuneResult(
+        out=out,
+        log=store.log,
+        steps=done.step,
+        tokens=done.tokens,
+        seconds=time.perf_counter() - started,
+        final_loss=done.last_loss,
+        eval_before=done.first_eval,
+        eval_after=done.last_eval,
+    )
+
+
+def _trainer(recipe: Recipe, source: Checkpoint, store: RunStore, accelerator: Accelerator, resume_from: Path | None) -> Trainer:
+    """Everything that a run needs, checked before anything is written."""
+    accumulation_steps(recipe, accelerator.num_processes)
+    tokenizer = _tokenizer(recipe, source)
+    shard = Shard(accelerator.process_index, accelerator.num_processes)
+    packer = _packer(recipe, recipe.data.mixture, tokenizer, TRAIN, shard)
+    evaluation = _packer(recipe, recipe.evaluation.mixture, tokenizer, HELD_OUT, shard) if recipe.evaluation.mixture else None
+    torch.manual_seed(recipe.training.seed + accelerator.process_index)
+    model = load(resume_from or source.path, dtype=torch.float32)
+    roles = training_roles([name for name, _ in model.named_parameters()], source.provenance)
+    freeze(model, roles, recipe.optimizer)
+    if recipe.training.gradient_checkpointing:
+        # transformers renamed this in its later 5.x.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    trainer = Trainer(
+        model,
+        recipe,
+        roles,
+        undecayed_names(source.description),
+        packer=packer,
+        evaluation=evaluation,
+        accelerator=accelerator,
+        store=store,
+    )
+    if resume_from:
+        trainer.load_state(store.load(resume_from))
+    return trainer
+
+
+def _tokenizer(recipe: Recipe, source: Checkpoint) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer or the checkpoint's own."""
+    where, fix = recipe.data.tokenizer or str(source.path), "Name the model's own with --set data.tokenizer=FOLDER_OR_HUB_ID."
+    # In a folder without tokenizer files transformers would make up an empty tokenizer.
+    folder = Path(where)
+    if folder.is_dir() and not any(path.name.startswith(TOKENIZER_FILES) for path in folder.iterdir()):
+        raise RecipeError("the folder holds no tokenizer", where=where, fix=fix)
+    # Nothing about a tokenizer is read from a model's config, whose type transformers need not know.
+    config = {} if recipe.data.tokenizer else {"config": PreTrainedConfig()}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **config)
+    except Exception as error:  # tokenizers raises a bare Exception on a broken file
+        reason = str(error).strip().partition("\n")[0]
+        raise RecipeError(f"the tokenizer cannot be loaded: {reason}", where=where, fix=fix) from error
+    if len(tokenizer) > source.description.vocab_size:
+        raise RecipeError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {source.description.vocab_size}", where=where, fix=fix
+        )
+    return tokenizer
+
+
+def _packer(recipe: Recipe, mixture: Sequence[Entry], tokenizer: PreTrainedTokenizerBase, purpose: int, shard: Shard) -> Packer:
+    length = recipe.data.sequence_length
+    sources = open_sources(mixture, tokenizer, longest=length, seed=(recipe.training.seed, purpose), shard=shard)
+    padding = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    return Packer(sources, length, padding)

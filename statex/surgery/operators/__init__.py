@@ -1,0 +1,13 @@
+"""The operators that a plan can name. A new one is a file here and an entry below."""
+
+from ..operator import Operator
+from . import lift_keys, merge_heads, widen_state
+
+OPERATORS: dict[str, Operator] = {
+    operator.name: operator
+    for operator in (
+        merge_heads.OPERATOR,
+        widen_state.OPERATOR,
+        lift_keys.OPERATOR,
+    )
+}

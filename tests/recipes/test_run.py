@@ -1,0 +1,365 @@
+"""`finetune` end to end on the real models."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import yaml
+
+from statex.checkpoints import open_checkpoint
+from statex.errors import RecipeError, StatexError, TrainingError
+from statex.models import load
+from statex.recipes import FinetuneResult, finetune, load_recipe
+from statex.recipes.reporting import read_log
+from statex.recipes.trainer import Trainer, accumulation_steps
+
+from .helpers import write_byte_gla, write_byte_mamba2, write_documents, write_lifted, write_recipe
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_byte_gla(tmp_path / "base")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_documents(tmp_path / "text.jsonl", ["the cat sat on the mat. " * 4, "a dog ate the log. " * 3])
+
+
+def run(checkpoint: Path, text: Path | None, out: Path, resume: bool = False, **sections: dict[str, Any]) -> FinetuneResult:
+    if resume:
+        return finetune(checkpoint, out=out, resume=True, device="cpu", progress=False)
+    recipe = write_recipe(out.with_name(out.name + ".yaml"), **sections)
+    return finetune(checkpoint, recipe, text, out, device="cpu", progress=False)
+
+
+def log_without_times(out: Path) -> list[dict[str, float]]:
+    return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in read_log(out / "log.csv")]
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    with open_checkpoint(path) as checkpoint:
+        return {name: checkpoint.load(name) for name in checkpoint.tensors}
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send Ctrl-C while that step is computed."""
+    real = Trainer._step
+
+    def interrupted(self: Trainer) -> Any:
+        if self.progress.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+
+
+# --- learning --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [write_byte_gla, write_byte_mamba2])
+def test_a_small_text_is_learnt_by_heart(tmp_path: Path, text: Path, write: Any) -> None:
+    result = run(
+        write(tmp_path / "model"),
+        text,
+        tmp_path / "out",
+        data={"mixture": [{"kind": "text"}]},
+        schedule={"max_steps": 60, "warmup_steps": 3, "min_ratio": 0.1},
+        training={"batch_size": 4, "save_every": 100},
+    )
+    losses = [row["loss"] for row in read_log(result.log)]
+    assert losses[0] > 4
+    assert losses[-1] < 1.5
+
+
+def test_gradients_of_a_step_do_not_depend_on_how_it_is_split(tmp_path: Path, base: Path, text: Path) -> None:
+    logs = []
+    for name, batch, accumulation in (("whole", 4, 1), ("split", 1, 4)):
+        training = {"batch_size": batch, "gradient_accumulation": accumulation, "save_every": 10}
+        run(base, text, tmp_path / name, training=training)
+        logs.append(log_without_times(tmp_path / name))
+    for whole, split in zip(*logs, strict=True):
+        assert split == pytest.approx(whole, rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_loss(tmp_path: Path, base: Path, text: Path) -> None:
+    logs = []
+    for flag in (False, True):
+        training = {"batch_size": 2, "gradient_checkpointing": flag, "save_every": 10}
+        run(base, text, tmp_path / str(flag), training=training)
+        logs.append([row["loss"] for row in read_log(tmp_path / str(flag) / "log.csv")])
+    assert logs[1] == pytest.approx(logs[0], rel=1e-6)
+
+
+def test_bf16_autocast_trains_fp32_masters(tmp_path: Path, base: Path, text: Path) -> None:
+    result = run(base, text, tmp_path / "out", training={"batch_size": 2, "precision": "bf16", "save_every": 3})
+    fp32 = run(base, text, tmp_path / "fp32", training={"batch_size": 2, "precision": "fp32", "save_every": 3})
+    assert result.final_loss != fp32.final_loss
+    assert result.final_loss == pytest.approx(fp32.final_loss, rel=0.05)
+    assert {tensor.dtype for tensor in tensors(tmp_path / "out/checkpoints/step-3").values()} == {torch.float32}
+
+
+def test_held_out_loss_is_told_before_and_after(tmp_path: Path, base: Path, text: Path) -> None:
+    held_out = write_documents(tmp_path / "held_out.jsonl", ["the cat ate the log. " * 5])
+    recipe = write_recipe(tmp_path / "r.yaml", evaluation={"tokens": 64, "every": 4}, schedule={"max_steps": 12})
+    result = finetune(base, recipe, text, tmp_path / "out", held_out=held_out, device="cpu", progress=False)
+    told = {int(row["step"]): row["eval_loss"] for row in read_log(result.log) if "eval_loss" in row}
+    assert list(told) == [0, 4, 8, 12]
+    assert result.eval_before == pytest.approx(told[0])
+    assert result.eval_after == pytest.approx(told[12])
+    assert told[12] < told[0]
+
+
+# --- what is written -----------------------------------------------------------------------------------------------------
+
+
+def test_the_result_keeps_names_dtypes_description_and_tokenizer(tmp_path: Path, base: Path, text: Path) -> None:
+    lifted = write_lifted(tmp_path / "lifted", base)
+    run(lifted, text, tmp_path / "out")
+    before, after = open_checkpoint(lifted), open_checkpoint(tmp_path / "out")
+    assert after.tensors == before.tensors
+    assert after.tensors["model.layers.0.mixer.lift_gamma"].dtype == "float32"
+    assert after.tensors["model.layers.0.mixer.q_proj.weight"].dtype == "bfloat16"
+    assert after.description == before.description
+    assert after.source_config == before.source_config
+    assert {key: after.provenance[key] for key in ("new", "expanded", "plan")} == before.provenance
+    assert after.provenance["finetune"][0]["steps"] == 6
+    assert [path.read_bytes() for path in after.carried_files] == [path.read_bytes() for path in before.carried_files]
+    assert any((after.load(name) != before.load(name)).any() for name in after.tensors)
+    assert load(tmp_path / "out").generate(torch.tensor([[70, 71]]), max_new_tokens=2).shape == (1, 4)
+
+
+def test_the_result_can_be_fine_tuned_again(tmp_path: Path, base: Path, text: Path) -> None:
+    run(base, text, tmp_path / "once")
+    run(tmp_path / "once", text, tmp_path / "twice")
+    assert len(open_checkpoint(tmp_path / "twice").provenance["finetune"]) == 2
+
+
+def test_a_run_leaves_its_recipe_log_events_and_two_checkpoints(tmp_path: Path, base: Path, text: Path) -> None:
+    result = run(base, text, tmp_path / "out", schedule={"max_steps": 9})
+    out = tmp_path / "out"
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-8", "step-9"]
+    assert load_recipe(out / "recipe.yaml").data.mixture[0].model_dump()["path"] == str(text)
+    assert list((out / "tensorboard").iterdir())
+    rows = read_log(result.log)
+    assert [row["step"] for row in rows] == list(range(1, 10))
+    assert rows[-1]["tokens"] == result.tokens == 9 * 2 * 2 * 32
+    assert all(row["grad_norm"] > 0 and row["tokens_per_s"] > 0 for row in rows)
+    assert "9" in (out / "README.md").read_text()
+
+
+# --- stopping and going on -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [write_byte_gla, write_byte_mamba2])
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, write: Any
+) -> None:
+    model = write(tmp_path / "model")
+    sections = {"schedule": {"max_steps": 8, "warmup_steps": 2}, "logging": {"every": 2}}
+    run(model, text, tmp_path / "whole", **sections)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        with pytest.raises(TrainingError, match="stopped after step 5"):
+            run(model, text, tmp_path / "parts", **sections)
+    assert not (tmp_path / "parts/config.json").exists()
+    run(model, None, tmp_path / "parts", resume=True)
+    assert log_without_times(tmp_path / "parts") == log_without_times(tmp_path / "whole")
+    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(tmp_path: Path, base: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_after(monkeypatch, 3)
+    with pytest.raises(TrainingError) as caught:
+        run(base, text, tmp_path / "out")
+    assert f"statex finetune {base} -o {tmp_path / 'out'} --resume" in str(caught.value)
+    assert str(tmp_path / "out/checkpoints/step-3") in str(caught.value)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_lines_logged_after_the_checkpoint_are_replaced_on_resuming(
+    tmp_path: Path, base: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: Trainer) -> Any:
+        if self.progress.step == 3:
+            raise RuntimeError("killed")
+        return real(self)
+
+    real = Trainer._step
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(base, text, tmp_path / "out")
+    assert [row["step"] for row in read_log(tmp_path / "out/log.csv")] == [1, 2, 3]
+    run(base, None, tmp_path / "out", resume=True)
+    assert [row["step"] for row in read_log(tmp_path / "out/log.csv")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_nan_stops_before_the_update_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path, base: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Trainer._forward
+
+    def poisoned(self: Trainer, *args: Any) -> torch.Tensor:
+        return real(self, *args) * (float("nan") if self.progress.step == 3 else 1.0)
+
+    monkeypatch.setattr(Trainer, "_forward", poisoned)
+    with pytest.raises(TrainingError, match="the loss is nan") as caught:
+        run(base, text, tmp_path / "out")
+    kept = tmp_path / "out/checkpoints/step-2"
+    assert str(kept) in str(caught.value)
+    assert all(tensor.isfinite().all() for tensor in tensors(kept).values())
+    assert not (tmp_path / "out/config.json").exists()
+
+
+def test_a_spike_saves_nothing_and_stops_with_the_checkpoint_before_it(
+    tmp_path: Path, base: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Trainer._forward
+
+    def diverging(self: Trainer, *args: Any) -> torch.Tensor:
+        return real(self, *args) * (100.0 if self.progress.step >= 7 else 1.0)
+
+    monkeypatch.setattr(Trainer, "_forward", diverging)
+    training = {"batch_size": 2, "save_every": 2, "spike_guard": {"factor": 2.0, "patience": 5}}
+    with pytest.raises(TrainingError, match="above 2 times its median") as caught:
+        run(base, text, tmp_path / "out", schedule={"max_steps": 20}, training=training)
+    assert str(tmp_path / "out/checkpoints/step-6") in str(caught.value)
+    assert sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir()) == ["step-4", "step-6"]
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    tmp_path: Path, base: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = torch.save, []
+
+    def full(*args: Any, **options: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(*args, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrainingError, match="No space left") as caught:
+        run(base, text, tmp_path / "out")
+    assert str(tmp_path / "out/checkpoints/step-2") in str(caught.value)
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-2"]
+
+
+def test_a_result_that_could_not_be_written_is_written_on_resuming(tmp_path: Path, base: Path, text: Path) -> None:
+    run(base, text, tmp_path / "out")
+    before = tensors(tmp_path / "out")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    assert run(base, None, tmp_path / "out", resume=True).steps == 6
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(tmp_path / "out").items())
+
+
+def test_a_resumed_run_may_change_only_what_changes_no_weight(
+    tmp_path: Path, base: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        with pytest.raises(TrainingError):
+            run(base, text, tmp_path / "out")
+    options: dict[str, Any] = {"out": tmp_path / "out", "resume": True, "device": "cpu", "progress": False}
+    with pytest.raises(RecipeError, match=r"cannot change optimizer\.learning_rate"):
+        finetune(base, overrides=["optimizer.learning_rate=1"], **options)
+    with pytest.raises(RecipeError, match="keeps its recipe and data"):
+        finetune(base, "lpt", **options)
+    with pytest.raises(RecipeError, match="other parameters"):
+        finetune(write_lifted(tmp_path / "lifted", base), **options)
+    result = finetune(base, overrides=["logging.every=3"], **options)
+    assert [row["step"] for row in read_log(result.log)] == [1, 2, 3, 6]
+    with pytest.raises(RecipeError, match="complete"):
+        finetune(base, **options)
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------------
+
+
+def bad_inputs(tmp_path: Path, base: Path) -> dict[str, dict[str, Any]]:
+    bare = write_byte_gla(tmp_path / "bare")
+    (bare / "tokenizer_config.json").unlink()
+    (tmp_path / "empty.jsonl").write_text("")
+    return {
+        "no such folder": {"checkpoint": tmp_path / "absent"},
+        "does not exist": {"data": tmp_path / "absent.jsonl"},
+        "empty": {"data": tmp_path / "empty.jsonl"},
+        "leaves its text open": {"data": None},
+        "holds no tokenizer": {"checkpoint": bare},
+        "the tokenizer has 259 tokens, the model 200": {"checkpoint": write_byte_gla(tmp_path / "small", vocab_size=200)},
+        "no whole number of batches": {"overrides": ["training.gradient_accumulation=null", "training.tokens_per_step=100"]},
+        "unknown key": {"overrides": ["optimizer.learning_rat=1"]},
+        "would overwrite": {"out": base},
+        "no run to resume": {"resume": True, "recipe": None, "data": None},
+    }
+
+
+BAD = ["no such", "does not", "empty", "leaves", "holds no", "the tokenizer has", "no whole", "unknown key", "would", "no run"]
+
+
+@pytest.mark.parametrize("told", BAD)
+def test_bad_input_is_told_in_one_message_and_writes_nothing(tmp_path: Path, base: Path, text: Path, told: str) -> None:
+    out = tmp_path / "out"
+    arguments = {"checkpoint": base, "recipe": write_recipe(tmp_path / "r.yaml"), "data": text, "out": out}
+    expected, changes = next(item for item in bad_inputs(tmp_path, base).items() if item[0].startswith(told))
+    before = sorted(base.iterdir())
+    with pytest.raises(StatexError, match=expected) as caught:
+        finetune(**{**arguments, **changes}, device="cpu", progress=False)  # type: ignore[arg-type]
+    assert caught.value.fix
+    assert not out.exists()
+    assert sorted(base.iterdir()) == before
+
+
+def test_an_earlier_run_is_overwritten_only_when_forced(tmp_path: Path, base: Path, text: Path) -> None:
+    run(base, text, tmp_path / "out")
+    with pytest.raises(RecipeError, match="--force"):
+        run(base, text, tmp_path / "out")
+    finetune(base, tmp_path / "out.yaml", text, tmp_path / "out", force=True, device="cpu", progress=False)
+    assert read_log(tmp_path / "out/log.csv")[-1]["step"] == 6
+
+
+def test_force_never_removes_a_folder_that_no_run_wrote(tmp_path: Path, base: Path, text: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.txt").write_text("years of work")
+    with pytest.raises(RecipeError, match="not written by a fine-tuning run"):
+        finetune(base, write_recipe(tmp_path / "r.yaml"), text, tmp_path / "thesis", force=True, device="cpu", progress=False)
+    assert (tmp_path / "thesis/chapter.txt").read_text() == "years of work"
+
+
+def test_several_texts_share_the_weight_of_the_open_entry(tmp_path: Path, base: Path, text: Path) -> None:
+    other = write_documents(tmp_path / "other.jsonl", ["more words " * 9])
+    recipe = write_recipe(tmp_path / "r.yaml", schedule={"max_steps": 1})
+    finetune(base, recipe, [text, other], tmp_path / "out", device="cpu", progress=False)
+    mixture = yaml.safe_load((tmp_path / "out/recipe.yaml").read_text())["data"]["mixture"]
+    assert [(entry["kind"], entry.get("path"), entry["weight"]) for entry in mixture] == [
+        ("text", str(text), 0.5),
+        ("text", str(other), 0.5),
+        ("mqar", None, 1.0),
+    ]
+
+
+def test_accumulation_follows_from_tokens_and_devices(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "r.yaml", training={"batch_size": 2, "tokens_per_step": 512, "gradient_accumulation": None})
+    assert [accumulation_steps(load_recipe(path), devices) for devices in (1, 2, 4)] == [8, 4, 2]
+
+
+def test_the_config_of_the_result_is_json_that_names_the_run(tmp_path: Path, base: Path, text: Path) -> None:
+    run(base, text, tmp_path / "out", schedule={"max_steps": 1})
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["model_type"] == "statex"
+    entry = config["statex"]["provenance"]["finetune"][0]
+    assert entry["source"] == str(base)
+    assert set(entry["source_sha256"]) == {"config.json", "model.safetensors"}
