@@ -146,7 +146,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads that torch may use")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each side")
-    parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results/mamba2_cpu.csv", help="where to write the rows")
+    parser.add_argument(
+        "--csv", type=Path, default=Path(__file__).parent / "results/mamba2_cpu.csv", help="where to write the rows"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()

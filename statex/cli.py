@@ -35,7 +35,7 @@ Data = Annotated[str | None, typer.Option("--data", help="Real text: .txt, .json
 @app.callback()
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; works at any place of a command line.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; goes anywhere in a command.")] = False,
 ) -> None:
     if version:
         typer.echo(f"statex {statex.__version__}")
@@ -53,12 +53,14 @@ def inspect(checkpoint: Source, as_json: Annotated[bool, typer.Option("--json", 
 def expand(
     checkpoint: Source,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; not needed with --dry-run.")] = None,
-    operator: Annotated[str | None, typer.Option(help="merge_heads, widen_state or lift_keys; default: the paper's for the family.")] = None,
+    operator: Annotated[str | None, typer.Option(help="merge_heads, widen_state or lift_keys; default: the paper's.")] = None,
     factor: Annotated[int | None, typer.Option(help="How many times larger the state of a layer becomes.")] = None,
-    layers: Annotated[str | None, typer.Option(help="all, every:6, or a list such as 0,6,12; default: the paper's for the family.")] = None,
+    layers: Annotated[str | None, typer.Option(help="all, every:6, or a list such as 0,6,12; default: the paper's.")] = None,
     init: Annotated[str | None, typer.Option(help="preserve (same function), inherit or reinit.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random draw; default: 0, or the plan's.")] = None,
-    option: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the operator, such as mixing=scalar.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Operator option, such as mixing=scalar.")
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help="A YAML plan with per-layer entries, instead of the options above.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the table and write nothing.")] = False,
     force: Force = False,
@@ -67,8 +69,19 @@ def expand(
     """Rewrite the heads of a checkpoint so that its state grows."""
     if out is None and not dry_run:
         raise StatexError("an output folder is missing", fix="Give one with -o OUT, or use --dry-run")
-    chosen = dict(operator=operator, factor=factor, layers=layers, init=init, seed=seed, plan_file=plan, options=key_values(option))
-    summary = statex.expand(checkpoint, out, dry_run=dry_run, force=force, **chosen)
+    summary = statex.expand(
+        checkpoint,
+        out,
+        operator=operator,
+        factor=factor,
+        layers=layers,
+        init=init,
+        seed=seed,
+        options=key_values(option),
+        plan_file=plan,
+        dry_run=dry_run,
+        force=force,
+    )
     show(summary.to_dict() if as_json else summary.table())
     if not dry_run and not as_json:
         say(f"Wrote {out}. Next: statex verify {checkpoint} {out}")
@@ -96,9 +109,11 @@ def verify(
 def finetune(
     checkpoint: Source,
     out: Out,
-    recipe: Annotated[str | None, typer.Option(help="Name of a shipped recipe (statex recipes ls) or a YAML file; default: recovery.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A shipped recipe (statex recipes ls) or a YAML file; default: recovery.")
+    ] = None,
     data: Annotated[list[str] | None, typer.Option("--data", help="Text to train on: file or hub id; may be repeated.")] = None,
-    held_out: Annotated[str | None, typer.Option("--held-out", help="Text to measure the loss on before, during and after.")] = None,
+    held_out: Annotated[str | None, typer.Option("--held-out", help="Text to measure the loss on, before and after.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key.")] = None,
     device: Device = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run in --out, exactly.")] = False,
@@ -114,7 +129,7 @@ def finetune(
 @app.command("eval")
 def evaluate(
     checkpoint: Source,
-    tasks: Annotated[str | None, typer.Option(help="Comma-separated: mqar, passkey, niah, perplexity; default: all, perplexity with --data.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated: mqar, passkey, niah, perplexity; default: all.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for JSON and plots.")] = None,
     lengths: Annotated[str | None, typer.Option(help="Context lengths in tokens, such as 512,1024.")] = None,
     depths: Annotated[str | None, typer.Option(help="Needle depths between 0 and 1, such as 0,0.5,1.")] = None,
@@ -164,11 +179,12 @@ def compare(
 def generate(
     checkpoint: Source,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; - reads standard input.")],
-    max_new_tokens: Annotated[int, typer.Option()] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option()] = 1.0,
-    num_beams: Annotated[int, typer.Option()] = 1,
-    seed: Annotated[int, typer.Option()] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the smallest set of tokens with this probability.")] = 1.0,
+    num_beams: Annotated[int, typer.Option(help="Beams of a beam search.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of drawn tokens.")] = 0,
+    tokenizer: Tokenizer = None,
     device: Device = None,
     dtype: DType = None,
 ) -> None:
@@ -176,8 +192,18 @@ def generate(
     from statex.models.generation import stream_text
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    sampling = dict(temperature=temperature, top_p=top_p, num_beams=num_beams, seed=seed)
-    stream_text(checkpoint, text, max_new_tokens=max_new_tokens, device=device, dtype=dtype, **sampling)
+    stream_text(
+        checkpoint,
+        text,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        num_beams=num_beams,
+        seed=seed,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+    )
 
 
 @app.command()
@@ -185,7 +211,7 @@ def export(
     checkpoint: Source,
     out: Out,
     to: Annotated[str, typer.Option("--to", help="hf (remote code, any plan) or native (stock checkpoint, uniform plans).")] = "hf",
-    dialect: Annotated[str | None, typer.Option(help="native only: fla, transformers or mamba_ssm; default: that of the source.")] = None,
+    dialect: Annotated[str | None, typer.Option(help="native: fla, transformers or mamba_ssm; default: as the source.")] = None,
     force: Force = False,
 ) -> None:
     """Write a checkpoint that other software loads without statex."""
@@ -228,7 +254,9 @@ def recipes_show(name: Annotated[str, typer.Argument(help="Name of a recipe.")])
 
 
 @recipes_app.command("copy")
-def recipes_copy(name: Annotated[str, typer.Argument()], destination: Annotated[Path, typer.Argument()], force: Force = False) -> None:
+def recipes_copy(
+    name: Annotated[str, typer.Argument()], destination: Annotated[Path, typer.Argument()], force: Force = False
+) -> None:
     """Copy a recipe to edit it."""
     from statex.recipes import copy_recipe
 
@@ -296,6 +324,8 @@ def main() -> None:
     """Entry point: no traceback reaches a user unless --debug (or STATEX_DEBUG) asks for it."""
     debug = "--debug" in sys.argv or bool(os.environ.get("STATEX_DEBUG"))
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    # Threads that spin while they wait make a step many times slower on a CPU that is shared with anything else.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except Exception as error:
@@ -304,5 +334,5 @@ def main() -> None:
         if isinstance(error, StatexError):
             fail(str(error))
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            fail(f"the disk is full ({error.filename or 'output folder'}); nothing half-written was kept. Free some space and run again")
+            fail("the disk is full; nothing half-written was kept. Free some space and run again")
         fail(f"unexpected {type(error).__name__}: {error}. Run again with --debug and report the traceback")

@@ -14,7 +14,6 @@ from .dialects import DIALECTS, Dialect, dialect_of
 from .reader import Checkpoint, open_checkpoint
 from .writer import CheckpointWriter, OutputFolder
 
-
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 

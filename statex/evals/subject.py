@@ -14,13 +14,13 @@ from torch import nn
 
 from ..checkpoints import open_checkpoint
 from ..errors import EvaluationError
+from ..models.named import load_tokenizer, parse_dtype, pick_device
 from .text import Encoder
 
 CPU_BATCH_TOKENS, BATCH_TOKENS = 4_096, 65_536
 """Tokens of a forward pass when no batch size is given. A CPU is fastest when activations stay in its caches."""
 LOGIT_ELEMENTS = 2**28
 """Logits of a forward pass at most (1 GiB in fp32); the batch shrinks to fit, down to one row."""
-_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,13 @@ def load_subject(
         if tokenizer is None:
             raise EvaluationError("a loaded model comes without a tokenizer", where="tokenizer", fix="Pass tokenizer= as well")
         model = checkpoint if wanted is None else checkpoint.to(wanted)
-        return Subject(model, load_tokenizer(tokenizer), batch_size=batch_size, device=device)
+        return Subject(model, find_tokenizer(tokenizer), batch_size=batch_size, device=device)
     place = pick_device(device)
     if wanted is None and place.type == "cpu":
         wanted = torch.float32
     # Headers and tokenizer first: what is wrong with them shows before the weights are read.
     with open_checkpoint(checkpoint) as files:
-        found = load_tokenizer(files.path if tokenizer is None else tokenizer)
+        found = find_tokenizer(files.path if tokenizer is None else tokenizer)
         model = load_model(checkpoint, dtype=wanted, device=place)
         folder = files.path.resolve() if Path(checkpoint).is_dir() else None
         identity = describe_model(model) | {
@@ -165,60 +165,9 @@ def load_model(checkpoint: str | Path, *, dtype: torch.dtype | None, device: tor
     return load(checkpoint, dtype=dtype, device=device)
 
 
-def load_tokenizer(source: Encoder | str | Path) -> Encoder:
-    """The tokenizer itself, of a folder, or of a hub id.
-
-    Raises:
-        EvaluationError: the folder holds no tokenizer files (transformers would build an empty one), or they cannot be read.
-    """
-    if not isinstance(source, str | Path):
-        return source
-    fix = "Copy the tokenizer's files there, or give --tokenizer FOLDER_OR_HUB_ID"
-    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in _TOKENIZER_FILES):
-        raise EvaluationError("the checkpoint folder holds no tokenizer", where=str(source), fix=fix)
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    from .. import models  # noqa: F401  (registers the model type, which AutoTokenizer looks up)
-
-    # It reads config.json as well, and warns of model types that transformers does not know (fla's).
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        return cast(Encoder, AutoTokenizer.from_pretrained(str(source)))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise EvaluationError(f"the tokenizer cannot be loaded ({_first_line(error)})", where=str(source), fix=fix) from error
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def pick_device(device: str | None) -> torch.device:
-    """The device asked for, else the first GPU, else the CPU. Raises `EvaluationError` if it is not there."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise EvaluationError(
-            f"the device cannot be used ({_first_line(error)})",
-            where=device,
-            fix="Leave --device out, or give cpu or cuda:0",
-        ) from error
-    return found
-
-
-def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A floating-point dtype by name (`float32`, `fp32`, `bfloat16`, `bf16` ...). Raises `EvaluationError` on others."""
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
-    found = getattr(torch, short.get(dtype, dtype), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise EvaluationError(
-            f"{dtype!r} is not a dtype to compute in", where="dtype", fix=f"Give one of {', '.join(short.values())}"
-        )
-    return found
+def find_tokenizer(source: Encoder | str | Path) -> Encoder:
+    """The tokenizer itself, of a folder, or of a hub id."""
+    return cast(Encoder, load_tokenizer(source)) if isinstance(source, str | Path) else source
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
@@ -240,7 +189,3 @@ def provenance(model: nn.Module) -> dict[str, Any]:
     """How the model's checkpoint was made; empty for a native one."""
     block = getattr(getattr(model, "config", None), "statex", None) or {}
     return block.get("provenance") or {}
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

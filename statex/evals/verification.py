@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import EvaluationError
+from ..errors import EvaluationError, StatexError
+from ..models.named import parse_dtype, pick_device
 from .passage import PASSAGE
-from .subject import describe_model, load_model, load_tokenizer, parse_dtype, pick_device, provenance
+from .subject import describe_model, find_tokenizer, load_model, provenance
 from .text import Encoder, encode, read_documents, source_name, start_ids
 
 if TYPE_CHECKING:
@@ -248,9 +249,9 @@ def _windows(
     text = text[: MAX_CHARACTERS_A_TOKEN * max_tokens]
     vocabulary, notes = int(model.config.vocab_size), []  # type: ignore[union-attr, arg-type]
     try:
-        found = load_tokenizer(_tokenizer_source(base) if tokenizer is None else tokenizer)
+        found = find_tokenizer(_tokenizer_source(base) if tokenizer is None else tokenizer)
         ids = np.concatenate([start_ids(found), encode(found, text)])
-    except EvaluationError:
+    except StatexError:
         if tokenizer is not None:
             raise
         notes.append("no tokenizer: the bytes of the text were the token ids, which tests equality as well")

@@ -75,28 +75,30 @@ def _segment(
     if lift_gamma is not None:
         gamma = lift_gamma.to(dtype)[:, None, None]
         keys, queries = lifted_key(keys, lift_factor(lift_gamma, keys.shape[-1])), lifted_query(queries, gamma)
-    within, since_start, until_end = _within_chunks(queries @ keys.mT, x * dt[..., None], log_decay, packing)
+    y, since_start, until_end = _within_chunks(queries @ keys.mT, x, dt, log_decay, packing)
     total = since_start[..., -1, :]
     if packing is not None:
         since_start = since_start.masked_fill(~packing.reads[..., None], -torch.inf)
         until_end = until_end.masked_fill(~packing.writes[..., None], -torch.inf)
         total = total.masked_fill(~packing.passes[:, None], -torch.inf)
-    written = x * (dt * until_end.exp())[..., None]
-    updates = (keys.mT @ written.flatten(-2)).unflatten(-1, x.shape[-2:])
+    updates = _product(keys.mT, x, dt * until_end.exp())
     before, state = carry(updates, total[..., None, :, None], state)
-    y = torch.addcmul(within, (queries @ before.flatten(-2)).unflatten(-1, x.shape[-2:]), since_start.exp()[..., None])
+    # In place: on a CPU, touching fresh memory costs more than the arithmetic.
+    y.addcmul_(_product(queries, before), since_start.exp()[..., None])
     if D is not None:
-        y = torch.addcmul(y, D.to(dtype).view(groups, 1, 1, -1, 1), x)
+        y.addcmul_(D.to(dtype).view(groups, 1, 1, -1, 1), x)
     return unfold(y, tokens).flatten(2, 3).to(out_dtype), state
 
 
-def _within_chunks(scores: Tensor, x: Tensor, log_decay: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor, Tensor]:
-    """y_i = Σ_{j<=i} scores_ij exp(g_{j+1} + ... + g_i) x_j, per chunk.
+def _within_chunks(
+    scores: Tensor, x: Tensor, dt: Tensor, log_decay: Tensor, packing: Packing | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y_i = Σ_{j<=i} scores_ij exp(g_{j+1} + ... + g_i) dt_j x_j, per chunk.
 
     Args:
         scores: `[..., C, C]`, shared by the heads.
         x: `[..., C, h, P]`.
-        log_decay: g, `[..., C, h]`.
+        dt, log_decay: dt and g, `[..., C, h]`.
         packing: sequences whose tokens must not meet.
 
     Returns:
@@ -104,44 +106,47 @@ def _within_chunks(scores: Tensor, x: Tensor, log_decay: Tensor, packing: Packin
     """
     if packing is not None:
         scores = scores.masked_fill(~packing.same, 0)
-    leading, chunk = scores.shape[:-2], scores.shape[-1]
-    heads_dims = x.shape[-2:]
+    leading, chunk, leading_dims = scores.shape[:-2], scores.shape[-1], scores.dim() - 1
     mild = mild_block(log_decay)
     size = max(mild, min(BLOCK_BY_HEAD, chunk))
-    scores, x = scores.flatten(0, -3), x.reshape(-1, size, *heads_dims)
+    scores = scores.flatten(0, -3)
     inside = _mild_blocks if mild == size else _blocks_by_head
-    y, since_start, until_end = inside(_diagonal_blocks(scores, size), x, log_decay.reshape(-1, size, heads_dims[0]))
+    blocks = (u.reshape(-1, size, *u.shape[leading_dims:]) for u in (x, dt, log_decay))
+    y, since_start, until_end = inside(_diagonal_blocks(scores, size), *blocks)
     while size < chunk:
         # From halves to wholes: queries of a second half meet keys of the first, with decays that run from the border between them.
         a1, a2 = since_start.unflatten(0, (-1, 2)).unbind(1)
         b1, b2 = until_end.unflatten(0, (-1, 2)).unbind(1)
         crossing = _diagonal_blocks(scores, 2 * size)[:, size:, :size]
+        x1, dt1 = (u.reshape(-1, 2, size, *u.shape[leading_dims:])[:, 0] for u in (x, dt))
         y = y.unflatten(0, (-1, 2))
-        y[:, 1].add_(_apply(crossing, x.reshape(-1, 2, size, *heads_dims)[:, 0], b1, a2))
+        y[:, 1].addcmul_(_product(crossing, x1, dt1 * b1.exp()), a2.exp()[..., None])
         y = y.flatten(1, 2)
         since_start, until_end = torch.cat([a1, a2 + a1[:, -1:]], 1), torch.cat([b1 + a2[:, -1:], b2], 1)
         size *= 2
     return y.unflatten(0, leading), since_start.unflatten(0, leading), until_end.unflatten(0, leading)
 
 
-def _mild_blocks(scores: Tensor, x: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _mild_blocks(scores: Tensor, x: Tensor, dt: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`_within_chunks` of blocks whose halves decay by at most MILD nats: all decays from the middle, one product for all heads."""
     since_start = log_decay.cumsum(1)
     from_middle = since_start - since_start[:, log_decay.shape[1] // 2 - 1, None]
-    return _apply(scores.tril(), x, -from_middle, from_middle), since_start, since_start[:, -1:] - since_start
+    y = _product(scores.tril(), x, dt * (-from_middle).exp()) * from_middle.exp()[..., None]
+    return y, since_start, since_start[:, -1:] - since_start
 
 
-def _blocks_by_head(scores: Tensor, x: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _blocks_by_head(scores: Tensor, x: Tensor, dt: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`_within_chunks` of blocks with any decays: a matrix of decays for every head."""
     log_decay = log_decay.mT
     sums = segment_sums(log_decay)
-    y = (scores.unsqueeze(1) * sums.exp()) @ x.transpose(1, 2)
+    y = (scores.unsqueeze(1) * sums.exp() * dt.mT.unsqueeze(2)) @ x.transpose(1, 2)
     return y.transpose(1, 2).contiguous(), (sums[..., 0] + log_decay[..., :1]).mT, sums[..., -1, :].mT
 
 
-def _apply(scores: Tensor, x: Tensor, log_in: Tensor, log_out: Tensor) -> Tensor:
-    """exp(log_out) · scores @ (exp(log_in) · x): `[X, i, j]` on `[X, j, h, P]`."""
-    return (scores @ (x * log_in.exp()[..., None]).flatten(-2)).unflatten(-1, x.shape[-2:]) * log_out.exp()[..., None]
+def _product(matrix: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """matrix @ (weights · x), heads side by side: `[..., i, j]`, `[..., j, h, P]` and `[..., j, h]` to `[..., i, h, P]`."""
+    weighted = x if weights is None else x * weights[..., None]
+    return (matrix @ weighted.flatten(-2)).unflatten(-1, x.shape[-2:])
 
 
 def _diagonal_blocks(scores: Tensor, size: int) -> Tensor:

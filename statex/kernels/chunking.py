@@ -24,7 +24,7 @@ MILD = 20.0
 CHUNKS = (64, 128)
 """Shortest and longest chunk."""
 
-SEGMENT_ELEMENTS = {"cpu": 1 << 26, "other": 1 << 28}
+SEGMENT_ELEMENTS = {"cpu": 1 << 24, "other": 1 << 28}
 """Elements of intermediates in a segment: few enough for memory, enough that each operation outweighs its launch."""
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints import Checkpoint, open_checkpoint
 from ..errors import RecipeError
 from ..models import load
+from ..models.named import load_tokenizer
 from .card import model_card, run_provenance
 from .data.packing import Packer
 from .data.readers import Shard
@@ -28,8 +29,6 @@ from .trainer import Trainer, accumulation_steps, make_accelerator
 
 TRAIN, HELD_OUT = 0, 1
 """Purposes of random draws: training and evaluation never share a row."""
-TOKENIZER_FILES = ("tokenizer", "vocab", "spiece")
-"""How the names of tokenizer files start."""
 
 
 @dataclass(frozen=True)
@@ -158,18 +157,8 @@ def _trainer(recipe: Recipe, source: Checkpoint, store: RunStore, accelerator: A
 
 def _tokenizer(recipe: Recipe, source: Checkpoint) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer or the checkpoint's own."""
-    where, fix = recipe.data.tokenizer or str(source.path), "Name the model's own with --set data.tokenizer=FOLDER_OR_HUB_ID."
-    # In a folder without tokenizer files transformers would make up an empty tokenizer.
-    folder = Path(where)
-    if folder.is_dir() and not any(path.name.startswith(TOKENIZER_FILES) for path in folder.iterdir()):
-        raise RecipeError("the folder holds no tokenizer", where=where, fix=fix)
-    # Nothing about a tokenizer is read from a model's config, whose type transformers need not know.
-    config = {} if recipe.data.tokenizer else {"config": PreTrainedConfig()}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **config)
-    except Exception as error:  # tokenizers raises a bare Exception on a broken file
-        reason = str(error).strip().partition("\n")[0]
-        raise RecipeError(f"the tokenizer cannot be loaded: {reason}", where=where, fix=fix) from error
+    where, fix = recipe.data.tokenizer or str(source.path), "Name the model's own with --set data.tokenizer=FOLDER_OR_HUB_ID"
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(where, fix=fix)
     if len(tokenizer) > source.description.vocab_size:
         raise RecipeError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {source.description.vocab_size}", where=where, fix=fix

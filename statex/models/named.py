@@ -1,0 +1,65 @@
+"""What a user gives by name: a tokenizer, a device, a dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedConfig
+
+from ..errors import CheckpointError, StatexError
+
+TOKENIZER_FILES = ("tokenizer", "vocab", "spiece.model")
+"""How the names of tokenizer files begin. In a folder without any transformers would make up an empty tokenizer."""
+
+
+def load_tokenizer(
+    where: str | Path, *, fix: str = "Copy the tokenizer's files there, or give --tokenizer FOLDER_OR_HUB_ID"
+) -> Any:
+    """The tokenizer of a folder or a hub id.
+
+    Args:
+        fix: what the error message advises.
+    Raises:
+        CheckpointError: the folder holds no tokenizer files, or they cannot be read.
+    """
+    folder = Path(where)
+    local = folder.is_dir()
+    if local and not any(path.name.startswith(TOKENIZER_FILES) for path in folder.iterdir()):
+        raise CheckpointError("the folder holds no tokenizer", where=str(where), fix=fix)
+    # Nothing about a tokenizer is read from a model's config, whose type transformers need not know (fla's).
+    config = {"config": PreTrainedConfig()} if local else {}
+    try:
+        return AutoTokenizer.from_pretrained(str(where), **config)
+    except Exception as error:  # tokenizers raises a bare Exception on a broken file
+        raise CheckpointError(f"the tokenizer cannot be loaded ({first_line(error)})", where=str(where), fix=fix) from error
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The device asked for, else the first GPU, else the CPU. Raises `StatexError` if it is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = f"the device cannot be used ({first_line(error)})"
+        raise StatexError(reason, where=device, fix="Leave --device out, or give cpu or cuda:0") from error
+    return found
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A floating-point dtype by name (`float32`, `fp32`, `bfloat16`, `bf16` ...). Raises `StatexError` on others."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
+    found = getattr(torch, short.get(dtype, dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise StatexError(f"{dtype!r} is not a dtype to compute in", where="dtype", fix=f"Give one of {', '.join(short.values())}")
+    return found
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
