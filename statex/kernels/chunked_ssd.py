@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .chunking import Packing, carry, chunk_length, fold, mild_block, run_segments, unfold
+from .chunking import Packing, carry, chunk_length, fold, halves, mild_block, run_segments, unfold
 from .lift import lift_factor, lifted_key, lifted_query
 
 BLOCK_BY_HEAD = 16
@@ -75,16 +75,13 @@ def _segment(
     if lift_gamma is not None:
         gamma = lift_gamma.to(dtype)[:, None, None]
         keys, queries = lifted_key(keys, lift_factor(lift_gamma, keys.shape[-1])), lifted_query(queries, gamma)
-    y, since_start, until_end = _within_chunks(queries @ keys.mT, x, dt, log_decay, packing)
-    total = since_start[..., -1, :]
+    y, reading, writing, total = _within_chunks(queries @ keys.mT, x, dt, log_decay, packing)
     if packing is not None:
-        since_start = since_start.masked_fill(~packing.reads[..., None], -torch.inf)
-        until_end = until_end.masked_fill(~packing.writes[..., None], -torch.inf)
         total = total.masked_fill(~packing.passes[:, None], -torch.inf)
-    updates = _product(keys.mT, x, dt * until_end.exp())
+    updates = _product(keys.mT, x, writing)
     before, state = carry(updates, total[..., None, :, None], state)
     # In place: on a CPU, touching fresh memory costs more than the arithmetic.
-    y.addcmul_(_product(queries, before), since_start.exp()[..., None])
+    y.addcmul_(_product(queries, before), reading[..., None])
     if D is not None:
         y.addcmul_(D.to(dtype).view(groups, 1, 1, -1, 1), x)
     return unfold(y, tokens).flatten(2, 3).to(out_dtype), state
@@ -92,55 +89,67 @@ def _segment(
 
 def _within_chunks(
     scores: Tensor, x: Tensor, dt: Tensor, log_decay: Tensor, packing: Packing | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y_i = Σ_{j<=i} scores_ij exp(g_{j+1} + ... + g_i) dt_j x_j, per chunk.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Everything that decays inside chunks.
 
     Args:
-        scores: `[..., C, C]`, shared by the heads.
-        x: `[..., C, h, P]`.
-        dt, log_decay: dt and g, `[..., C, h]`.
-        packing: sequences whose tokens must not meet.
+        scores: `[B, G, n, C, C]`, shared by the heads of a group.
+        x: `[B, G, n, C, h, P]`.
+        dt, log_decay: dt and g, `[B, G, n, C, h]`.
+        packing: sequences that must not meet.
 
     Returns:
-        y `[..., C, h, P]`, Σ_{s<=i} g_s and Σ_{s>i} g_s, both `[..., C, h]`.
+        y `[B, G, n, C, h, P]`, Σ_{j<=i} scores_ij exp(g_{j+1} + ... + g_i) dt_j x_j;
+        reading `[B, G, n, C, h]`, the decay from the chunk's start;
+        writing `[B, G, n, C, h]`, dt times the decay to the chunk's end;
+        Σ g `[B, G, n, h]`.
     """
     if packing is not None:
         scores = scores.masked_fill(~packing.same, 0)
-    leading, chunk, leading_dims = scores.shape[:-2], scores.shape[-1], scores.dim() - 1
+    leading, chunk = scores.shape[:3], scores.shape[-1]
     mild = mild_block(log_decay)
     size = max(mild, min(BLOCK_BY_HEAD, chunk))
-    scores = scores.flatten(0, -3)
     inside = _mild_blocks if mild == size else _blocks_by_head
-    blocks = (u.reshape(-1, size, *u.shape[leading_dims:]) for u in (x, dt, log_decay))
-    y, since_start, until_end = inside(_diagonal_blocks(scores, size), *blocks)
+    blocks = (u.reshape(-1, size, *u.shape[4:]) for u in (x, dt, log_decay))
+    scores, x = scores.flatten(0, 2), x.flatten(0, 2)
+    y, reading, writing, total = inside(_diagonal_blocks(scores, size), *blocks)
     while size < chunk:
-        # From halves to wholes: queries of a second half meet keys of the first, with decays that run from the border between them.
-        a1, a2 = since_start.unflatten(0, (-1, 2)).unbind(1)
-        b1, b2 = until_end.unflatten(0, (-1, 2)).unbind(1)
-        crossing = _diagonal_blocks(scores, 2 * size)[:, size:, :size]
-        x1, dt1 = (u.reshape(-1, 2, size, *u.shape[leading_dims:])[:, 0] for u in (x, dt))
+        # From halves to wholes: the second half reads, from the border between them, what the first wrote up to there.
+        r1, r2 = halves(reading)
+        w1, w2 = halves(writing)
+        t1, t2 = halves(total)
+        crossing = _product(_diagonal_blocks(scores, 2 * size)[:, size:, :size], x.reshape(-1, 2, size, *x.shape[2:])[:, 0], w1)
         y = y.unflatten(0, (-1, 2))
-        y[:, 1].addcmul_(_product(crossing, x1, dt1 * b1.exp()), a2.exp()[..., None])
+        y[:, 1].addcmul_(crossing, r2[..., None])
         y = y.flatten(1, 2)
-        since_start, until_end = torch.cat([a1, a2 + a1[:, -1:]], 1), torch.cat([b1 + a2[:, -1:], b2], 1)
+        reading = torch.cat([r1, r2 * t1.exp()[:, None]], 1)
+        writing = torch.cat([w1 * t2.exp()[:, None], w2], 1)
+        total = t1 + t2
         size *= 2
-    return y.unflatten(0, leading), since_start.unflatten(0, leading), until_end.unflatten(0, leading)
+    y, reading, writing, total = (u.unflatten(0, leading) for u in (y, reading, writing, total))
+    if packing is not None:
+        reading, writing = reading.masked_fill(~packing.reads[..., None], 0), writing.masked_fill(~packing.writes[..., None], 0)
+    return y, reading, writing, total
 
 
-def _mild_blocks(scores: Tensor, x: Tensor, dt: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _mild_blocks(scores: Tensor, x: Tensor, dt: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_within_chunks` of blocks whose halves decay by at most MILD nats: all decays from the middle, one product for all heads."""
     since_start = log_decay.cumsum(1)
-    from_middle = since_start - since_start[:, log_decay.shape[1] // 2 - 1, None]
-    y = _product(scores.tril(), x, dt * (-from_middle).exp()) * from_middle.exp()[..., None]
-    return y, since_start, since_start[:, -1:] - since_start
+    middle, total = since_start[:, log_decay.shape[1] // 2 - 1], since_start[:, -1]
+    from_middle = since_start - middle[:, None]
+    reading, writing = from_middle.exp(), dt * (-from_middle).exp()
+    y = _product(scores.tril(), x, writing) * reading[..., None]
+    return y, reading * middle.exp()[:, None], writing * (total - middle).exp()[:, None], total
 
 
-def _blocks_by_head(scores: Tensor, x: Tensor, dt: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _blocks_by_head(scores: Tensor, x: Tensor, dt: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_within_chunks` of blocks with any decays: a matrix of decays for every head."""
-    log_decay = log_decay.mT
+    log_decay, dt = log_decay.mT, dt.mT
     sums = segment_sums(log_decay)
-    y = (scores.unsqueeze(1) * sums.exp() * dt.mT.unsqueeze(2)) @ x.transpose(1, 2)
-    return y.transpose(1, 2).contiguous(), (sums[..., 0] + log_decay[..., :1]).mT, sums[..., -1, :].mT
+    decays = sums.exp()
+    y = (scores.unsqueeze(1) * decays * dt.unsqueeze(2)) @ x.transpose(1, 2)
+    since_start = sums[..., 0] + log_decay[..., :1]
+    return y.transpose(1, 2).contiguous(), since_start.exp().mT, (dt * decays[..., -1, :]).mT, since_start[..., -1]
 
 
 def _product(matrix: Tensor, x: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
-from statex.errors import EvaluationError
+from statex.errors import EvaluationError, StatexError
 from statex.evals import EvalResult, compare, evaluate, load_result
 from statex.evals.passage import PASSAGE
 from statex.evals.result import ACCURACY
@@ -68,7 +68,7 @@ def test_a_checkpoint_folder_is_measured_by_its_own_tokenizer_and_identified(tmp
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     folder = write_gla(tmp_path / "tiny-gla", vocab_size=259)
-    with pytest.raises(EvaluationError, match="holds no tokenizer") as caught:
+    with pytest.raises(StatexError, match="holds no tokenizer") as caught:
         evaluate(folder, ["mqar"], progress=False)
     assert str(folder) in str(caught.value)
     assert evaluate(folder, ["mqar"], tokenizer=BYTES, samples=1, num_pairs=[2], progress=False).tasks["mqar"].cells[0].n == 2
@@ -77,9 +77,9 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_a_loaded_model_needs_a_tokenizer_and_known_names_for_dtype_and_device() -> None:
     with pytest.raises(EvaluationError, match="comes without a tokenizer"):
         evaluate(random_model(), ["mqar"], progress=False)
-    with pytest.raises(EvaluationError, match="'int8' is not a dtype"):
+    with pytest.raises(StatexError, match="'int8' is not a dtype"):
         evaluate(random_model(), ["mqar"], tokenizer=BYTES, dtype="int8", progress=False)
-    with pytest.raises(EvaluationError, match="the device cannot be used"):
+    with pytest.raises(StatexError, match="the device cannot be used"):
         evaluate("nowhere", ["mqar"], tokenizer=BYTES, device="abacus", progress=False)
 
 

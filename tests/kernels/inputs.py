@@ -93,6 +93,6 @@ def gradients(kernel: Callable[..., Any], inputs: dict[str, Any], **options: Any
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     output, state = kernel(**leaves, output_final_state=True, **options)
     generator = torch.Generator().manual_seed(7)
-    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in (output, state)]
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (output, state)]
     ((output * weights[0]).sum() + (state * weights[1]).sum()).backward()
     return {name: x.grad for name, x in leaves.items()}

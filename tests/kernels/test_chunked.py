@@ -28,7 +28,7 @@ scaled_gla = functools.partial(gla, scale=0.4)
 
 @pytest.fixture(params=["one segment", "many segments", "without looking at the gates"])
 def every_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments of one chunk each, recomputed in the backward; and the path of devices that must not be waited for."""
+    """Segments of one chunk each, recomputed in the backward; and the path of compiled code, which may not look at values."""
     if request.param == "many segments":
         monkeypatch.setitem(chunking.SEGMENT_ELEMENTS, "cpu", 1)
     if request.param == "without looking at the gates":
@@ -85,6 +85,16 @@ def test_gradients_stay_exact_where_gates_close(kernel: functools.partial, make:
         assert distance(gradient, expected[name]) < TOLERANCE, name
 
 
+@pytest.mark.parametrize(("kernel", "make"), [(scaled_gla, gla_inputs), (ssd, ssd_inputs)])
+def test_rows_of_many_chunks_equal_the_reference(kernel: functools.partial, make: functools.partial) -> None:
+    tokens = (chunking.MAX_SEQUENTIAL_CHUNKS + 5) * chunking.CHUNKS[0] + 3
+    inputs = make(tokens, "mixed", batch=1)
+    output, state = kernel(**inputs, output_final_state=True)
+    expected, expected_state = kernel(**in_float64(inputs), output_final_state=True, backend="reference")
+    assert distance(output, expected) < TOLERANCE
+    assert distance(state, expected_state) < TOLERANCE
+
+
 def test_gla_forgets_everything_at_minus_infinity_without_nan() -> None:
     inputs = gla_inputs(80, "mild")
     inputs["log_decay"][:, 37] = -torch.inf
@@ -114,6 +124,14 @@ def test_autocast_does_not_reach_inside(kernel: functools.partial, make: functoo
     with torch.autocast("cpu", torch.bfloat16):
         output, _ = kernel(**inputs)
     assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize(("kernel", "make"), [(scaled_gla, gla_inputs), (ssd, ssd_inputs)])
+def test_compiles_into_one_graph(kernel: functools.partial, make: functools.partial) -> None:
+    inputs = make(70, "mixed")
+    compiled = torch.compile(lambda inputs: kernel(**inputs)[0], backend="eager", fullgraph=True)
+    expected, _ = kernel(**in_float64(inputs), backend="reference")
+    assert distance(compiled(inputs), expected) < TOLERANCE
 
 
 def test_a_row_may_be_cut_anywhere_and_carried_on() -> None:
