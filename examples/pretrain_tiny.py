@@ -38,9 +38,35 @@ from statex.models import StatexForCausalLM
 BYTE_OFFSET = 3  # ByT5: pad, eos and unk come before the bytes
 PAIRS = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 DIALECT = {"gla": "fla", "mamba2": "transformers"}
+INTERIM_BYTES = 400_000  # of the held-out text, before the last evaluation
 VOCAB = 264  # 259 ids, padded to a multiple of 8
-WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "ivory", "jasper", "karst", "laurel", "maple", "nadir"]
-WORDS += ["ochre", "poppy", "quartz", "raven", "sable", "topaz", "umber", "velvet", "willow", "yarrow", "zephyr"]
+WORDS = [
+    "amber",
+    "birch",
+    "cedar",
+    "delta",
+    "ember",
+    "fjord",
+    "grove",
+    "heron",
+    "ivory",
+    "jasper",
+    "karst",
+    "laurel",
+    "maple",
+    "nadir",
+    "ochre",
+    "poppy",
+    "quartz",
+    "raven",
+    "sable",
+    "topaz",
+    "umber",
+    "velvet",
+    "willow",
+    "yarrow",
+    "zephyr",
+]
 
 
 @dataclass(frozen=True)
@@ -70,11 +96,17 @@ PRESETS = {
 def describe(preset: Preset, state: int, lift: int) -> ModelDescription:
     """The model of a preset; `state` multiplies the key dimension, `lift` lifts it without parameters."""
     hidden, key_dim = preset.hidden_size, preset.key_dim * state
-    config = dict(hidden_size=hidden, vocab_size=VOCAB, num_hidden_layers=preset.num_layers, num_heads=preset.heads, tie_word_embeddings=True)
+    config = {
+        "hidden_size": hidden,
+        "vocab_size": VOCAB,
+        "num_hidden_layers": preset.num_layers,
+        "num_heads": preset.heads,
+        "tie_word_embeddings": True,
+    }
     if preset.family == "gla":
-        config |= dict(expand_k=preset.heads * key_dim / hidden, expand_v=1.0, use_short_conv=True)
+        config |= {"expand_k": preset.heads * key_dim / hidden, "expand_v": 1.0, "use_short_conv": True}
     else:
-        config |= dict(expand=2, head_dim=2 * hidden // preset.heads, state_size=key_dim, n_groups=1)
+        config |= {"expand": 2, "head_dim": 2 * hidden // preset.heads, "state_size": key_dim, "n_groups": 1}
     description = get_family(preset.family).describe(config, {})
     return replace(description, layers=tuple(layer.replace(lift=lift) for layer in description.layers))
 
@@ -129,13 +161,16 @@ def needle_rows(books: np.ndarray, width: int, rows: int, seed: int) -> np.ndarr
     for row in made:
         names = rng.choice(WORDS, size=rng.integers(1, 4), replace=False)
         numbers = [f"{rng.integers(10_000, 100_000)}" for _ in names]
-        statements = [f" The special magic number for {name} is {number}. ".encode() for name, number in zip(names, numbers, strict=True)]
-        question = f"\nThe special magic number for {names[0]} is {numbers[0]}.\n".encode()
+        statements = [
+            f" The special magic number for {name} is {number}. ".encode() for name, number in zip(names, numbers, strict=True)
+        ]
+        asked = rng.integers(len(names))
+        question = f"\nThe special magic number for {names[asked]} is {numbers[asked]}.\n".encode()
         space = width - len(question) - sum(map(len, statements))
         start = rng.integers(len(books) - space)
         cuts = np.sort(rng.integers(0, space + 1, len(statements)))
         parts = np.split(books[start : start + space], cuts)
-        text = b"".join(part.tobytes() + statement for part, statement in zip(parts, [*rng.permutation(np.array(statements, dtype=object)), b""], strict=True))
+        text = b"".join(part.tobytes() + statement for part, statement in zip(parts, [*statements, b""], strict=True))
         row[:] = np.frombuffer(text + question, dtype=np.uint8)
     return made
 
@@ -147,7 +182,10 @@ def evaluate(model: StatexForCausalLM, mixture: Mixture, test: Tensor, rows: int
     model.eval()
     width = mixture.preset.window
     windows = test[: len(test) // width * width].view(-1, width)
-    nats = [F.cross_entropy(logits(model, part)[:, :-1].flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum") for part in windows.split(128)]
+    nats = [
+        F.cross_entropy(logits(model, part)[:, :-1].flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum")
+        for part in windows.split(128)
+    ]
     bits = torch.stack(nats).sum().item() / math.log(2) / (windows.numel() - len(windows))
     recall = {}
     for pairs in PAIRS:
@@ -216,7 +254,16 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> floa
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def make_optimizer(model: StatexForCausalLM, rate: float) -> torch.optim.AdamW:
+    """Weight decay on matrices only: not on gates, convolutions, decays, norms and biases."""
+    matrices = [p for p in model.parameters() if p.ndim == 2 and min(p.shape) > 16]
+    rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=next(model.parameters()).is_cuda)
+
+
 def train(args: argparse.Namespace, preset: Preset) -> None:
+    """Train, log a line of JSON and `curve.json`, and write the checkpoint; Ctrl-C writes what there is."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     description = describe(preset, args.state, args.lift)
@@ -224,18 +271,17 @@ def train(args: argparse.Namespace, preset: Preset) -> None:
     if device.type == "cuda":
         for layer in model.model.layers:
             layer.compile(dynamic=False)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{args.preset} state ×{args.state} lift ×{args.lift}: {parameters:,} parameters, "
-          f"{description.layers[0].state_elements:,} state elements a layer", flush=True)
+    parameters, state = sum(p.numel() for p in model.parameters()), description.layers[0].state_elements
+    print(
+        f"{args.preset} state ×{args.state} lift ×{args.lift}: {parameters:,} parameters, {state:,} state elements a layer",
+        flush=True,
+    )
     mixture = Mixture(preset, args.data, device, args.seed)
-    test = torch.from_numpy(read_bytes(args.test)).to(device).long()[: args.test_bytes] + BYTE_OFFSET
-    decayed = [p for p in model.parameters() if p.ndim == 2 and min(p.shape) > 16]
-    kept = [p for p in model.parameters() if not any(p is other for other in decayed)]
-    groups = [dict(params=decayed, weight_decay=0.1), dict(params=kept, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr=preset.learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda")
+    test = torch.from_numpy(read_bytes(args.test)).to(device).long() + BYTE_OFFSET
+    optimizer = make_optimizer(model, preset.learning_rate)
+    backward, draws = Backward(model, (preset.text_rows, preset.window)), np.random.default_rng([args.seed, 2])
     counts = [n for n in PAIRS if n <= preset.max_pairs]
     args.out.mkdir(parents=True, exist_ok=True)
-    backward, draws = Backward(model, (preset.text_rows, preset.window)), np.random.default_rng([args.seed, 2])
     began, tokens, curve = time.monotonic(), 0, []
     try:
         for step in range(preset.steps):
@@ -252,12 +298,12 @@ def train(args: argparse.Namespace, preset: Preset) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)  # graphs write into these very tensors
             tokens += ids.numel() + rows.numel()
-            if step % args.log_every == 0 or step == preset.steps - 1:
-                seconds = time.monotonic() - began
-                record = dict(step=step, tokens=tokens, seconds=round(seconds, 1), text_bits=round(text_loss.item() / math.log(2), 4))
-                record |= dict(num_pairs=num_pairs, mqar_nats=round(mqar_loss.item(), 4))
-                if step and (step % args.eval_every == 0 or step == preset.steps - 1):
-                    record |= evaluate(model, mixture, test if step == preset.steps - 1 else test[:400_000])
+            last = step == preset.steps - 1
+            if step % args.log_every == 0 or last:
+                record = {"step": step, "tokens": tokens, "seconds": round(time.monotonic() - began, 1)}
+                record |= {"text_bits": text_loss.item() / math.log(2), "num_pairs": num_pairs, "mqar_nats": mqar_loss.item()}
+                if last or (step and step % args.eval_every == 0):
+                    record |= evaluate(model, mixture, test if last else test[:INTERIM_BYTES])
                 curve.append(record)
                 print(json.dumps({"run": args.out.name, **record}), flush=True)
                 (args.out / "curve.json").write_text(json.dumps(curve))
@@ -292,7 +338,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--eval-every", type=int, default=1000)
-    parser.add_argument("--test-bytes", type=int, default=4_000_000)
     for field in ("hidden_size", "num_layers", "heads", "key_dim", "text_rows", "mqar_tokens", "max_pairs", "window"):
         parser.add_argument(f"--{field.replace('_', '-')}", type=int)
     parser.add_argument("--learning-rate", type=float)

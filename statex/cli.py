@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -17,6 +20,7 @@ app = typer.Typer(
     name="statex",
     help="Give a pretrained recurrent language model a bigger memory: expand its state, recover it, measure recall, export.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -32,14 +36,18 @@ Tokenizer = Annotated[str | None, typer.Option(help="Tokenizer folder or hub id,
 Data = Annotated[str | None, typer.Option("--data", help="Real text: .txt, .jsonl (field `text`), .gz of both, or .parquet.")]
 
 
-@app.callback()
-def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; goes anywhere in a command.")] = False,
-) -> None:
-    if version:
+def print_version(asked: bool) -> None:
+    if asked:
         typer.echo(f"statex {statex.__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=print_version)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; goes anywhere in a command.")] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -141,11 +149,12 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option(help="Rows a batch; default: by length.")] = None,
     device: Device = None,
     dtype: DType = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Measure recall and language modelling; print a table, write JSON and pictures."""
     result = statex.evaluate(
         checkpoint,
-        tasks.split(",") if tasks else None,
+        None if tasks is None else tasks.split(","),
         out=out,
         lengths=numbers(lengths, int, "--lengths"),
         depths=numbers(depths, float, "--depths"),
@@ -158,8 +167,8 @@ def evaluate(
         device=device,
         dtype=dtype,
     )
-    show(result.table())
-    if out is not None:
+    show(result.to_dict() if as_json else result.table())
+    if out is not None and not as_json:
         say(f"Wrote {out}")
 
 
@@ -191,7 +200,7 @@ def generate(
     """Continue a text."""
     from statex.models.generation import stream_text
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = sys.stdin.buffer.read().decode(errors="surrogateescape") if prompt == "-" else prompt
     stream_text(
         checkpoint,
         text,
@@ -215,11 +224,13 @@ def export(
     force: Force = False,
 ) -> None:
     """Write a checkpoint that other software loads without statex."""
+    if dialect is not None and to != "native":
+        raise StatexError("only a native checkpoint has a dialect", where="--dialect", fix="Add --to native, or leave it out")
     if to == "hf":
         statex.export_hf(checkpoint, out, force=force)
     elif to == "native":
         for warning in statex.export_native(checkpoint, out, dialect=dialect, force=force):
-            say(f"[yellow]note:[/yellow] {warning}")
+            say(f"note: {warning}")
     else:
         raise StatexError(f"there is no export format {to!r}", fix="Use --to hf or --to native")
     say(f"Wrote {out}")
@@ -242,7 +253,7 @@ def recipes_ls() -> None:
     from statex.recipes import list_recipes
 
     for recipe in list_recipes():
-        say(f"[bold]{recipe.name:<16}[/bold] {recipe.description}")
+        say(f"{recipe.name:<16} {recipe.description}")
 
 
 @recipes_app.command("show")
@@ -279,7 +290,8 @@ def numbers(text: str | None, kind: type, option: str) -> list[Any] | None:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise StatexError(f"{option} takes numbers separated by commas, not {text!r}") from None
+        example = "4,16,64" if kind is int else "0,0.5,1"
+        raise StatexError(f"{text!r} is no list of numbers", where=option, fix=f"Separate them by commas: {example}") from None
 
 
 def key_values(items: list[str] | None) -> dict[str, Any] | None:
@@ -288,10 +300,16 @@ def key_values(items: list[str] | None) -> dict[str, Any] | None:
         return None
     import yaml
 
+    found = {}
     for item in items:
-        if "=" not in item:
-            raise StatexError(f"--set takes KEY=VALUE, not {item!r}")
-    return {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in items)}
+        key, equals, value = item.partition("=")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not key or not equals:
+            raise StatexError(f"{item!r} sets nothing", where="--set", fix="Write KEY=VALUE, such as mixing=scalar")
+    return found
 
 
 def show(result: Any) -> None:
@@ -303,13 +321,14 @@ def show(result: Any) -> None:
 
         typer.echo(json.dumps(result, indent=2))
     else:
-        Console().print(result)
+        # A file or a pipe has no width that a table must fit; names may hold brackets, which are no markup.
+        Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160, markup=False).print(result)
 
 
 def say(line: str) -> None:
     from rich.console import Console
 
-    Console(soft_wrap=True, highlight=False).print(line)
+    Console(soft_wrap=True, highlight=False, markup=False).print(line)
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
@@ -320,19 +339,47 @@ def fail(message: str, code: int = 1) -> NoReturn:
     raise SystemExit(code)
 
 
+class Interrupted(BaseException):
+    """A signal asked to stop. No KeyboardInterrupt, which typer would answer without a word."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise Interrupted(number)
+
+
 def main() -> None:
     """Entry point: no traceback reaches a user unless --debug (or STATEX_DEBUG) asks for it."""
     debug = "--debug" in sys.argv or bool(os.environ.get("STATEX_DEBUG"))
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     # Threads that spin while they wait make a step many times slower on a CPU that is shared with anything else.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Not every console knows × and →.
+            stream.reconfigure(errors="replace")
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         app()
-    except Exception as error:
+    except (Exception, Interrupted) as error:
         if debug:
             raise
-        if isinstance(error, StatexError):
-            fail(str(error))
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            fail("the disk is full; nothing half-written was kept. Free some space and run again")
-        fail(f"unexpected {type(error).__name__}: {error}. Run again with --debug and report the traceback")
+        fail(*message(error))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def message(error: BaseException) -> tuple[str, int]:
+    """What to tell about an error, and the exit code."""
+    if isinstance(error, Interrupted):
+        return "interrupted. What was complete is kept, nothing is left half-written", 128 + error.number
+    if isinstance(error, StatexError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full. Free some space and run again", 1
+    if isinstance(error, MemoryError):
+        return "the memory does not suffice. Ask for smaller sizes or use a larger machine", 1
+    return f"unexpected {type(error).__name__}: {error}. Run again with --debug and report the traceback", 1

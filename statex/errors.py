@@ -12,10 +12,13 @@ class StatexError(Exception):
         fix: what the user can do about it.
     """
 
+    exit_code = 1
+    """Of the command that it ends."""
+
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None) -> None:
         self.what, self.where, self.fix = what, where, fix
         message = what if where is None else f"{what} ({where})"
-        super().__init__(message if fix is None else f"{message}. {fix}")
+        super().__init__(message if fix is None else f"{message}. {fix[:1].upper()}{fix[1:].rstrip('.')}")
 
 
 class CheckpointError(StatexError):
@@ -32,6 +35,18 @@ class RecipeError(StatexError):
 
 class TrainingError(StatexError):
     """A fine-tuning run had to stop (NaN, loss spike); the last good checkpoint is kept."""
+
+
+class RunStopped(TrainingError):
+    """A fine-tuning run was asked to stop (Ctrl-C, SIGTERM); the message says what was kept and how to go on.
+
+    Args:
+        signal: number of the signal.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None, signal: int = 2) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.exit_code = 128 + signal
 
 
 class EvaluationError(StatexError):

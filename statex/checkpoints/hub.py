@@ -42,15 +42,35 @@ def locate(path_or_hub_id: str | Path, revision: str | None = None) -> tuple[Pat
     return _download(text, revision), text if revision is None else f"{text}@{revision}"
 
 
+def locate_tokenizer(path_or_hub_id: str | Path) -> Path:
+    """The folder of a tokenizer; of a hub id no weights are fetched.
+
+    Raises:
+        CheckpointError: no such folder, or the hub does not give the files.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    text = str(path_or_hub_id)
+    if path.exists() or not (_HUB_ID.fullmatch(text) or _HUB_ID.fullmatch(f"owner/{text}")):
+        raise CheckpointError("no such folder", where=text, fix="Give a tokenizer's folder, or a hub id such as owner/model")
+    return _fetch(text, None, list(CARRIED))
+
+
 def _download(repo_id: str, revision: str | None) -> Path:
+    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *CARRIED]
+    folder = _fetch(repo_id, revision, patterns)
+    if any(folder.glob("model*.safetensors")):
+        return folder
+    return _fetch(repo_id, revision, [*patterns, "pytorch_model*.bin*"])
+
+
+def _fetch(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["config.json", "model*.safetensors", "model.safetensors.index.json", *CARRIED]
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-        if not any(folder.glob("model*.safetensors")):
-            folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[*patterns, "pytorch_model*.bin*"]))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()
         raise CheckpointError(
@@ -58,7 +78,6 @@ def _download(repo_id: str, revision: str | None) -> Path:
             where=repo_id,
             fix="Check the name, the connection, and for gated models `hf auth login`",
         ) from error
-    return folder
 
 
 def carried_files(folder: Path) -> list[Path]:

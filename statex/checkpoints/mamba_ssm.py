@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CheckpointError, ExportError
+from ..families.facts import MEND
 
 TOP_KEYS = {
     "d_model": "hidden_size",
@@ -88,13 +89,15 @@ def to_family(config: Mapping[str, Any]) -> dict[str, Any]:
             )
     missing = [key for key in ("d_model", "n_layer", "vocab_size") if not isinstance(config.get(key), int)]
     if missing:
-        raise CheckpointError(f"the state-spaces config lacks a whole number for: {', '.join(missing)}", where="config.json")
+        what = f"the state-spaces config lacks a whole number for: {', '.join(missing)}"
+        raise CheckpointError(what, where="config.json", fix=MEND)
     family: dict[str, Any] = {"model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"]}
     family |= {theirs: _said(config, key) for key, theirs in TOP_KEYS.items()}
     family |= {theirs: _said(ssm, key) for key, theirs in SSM_KEYS.items()}
     inner, head_dim = family["hidden_size"] * family["expand"], family["head_dim"]
     if not isinstance(head_dim, int) or head_dim < 1 or inner % head_dim:
-        raise CheckpointError(f"d_model * expand ({inner}) is not a multiple of headdim ({head_dim})", where="config.json")
+        what = f"d_model * expand ({inner}) is not a multiple of headdim ({head_dim})"
+        raise CheckpointError(what, where="config.json", fix=MEND)
     multiple = _said(config, "pad_vocab_size_multiple")
     # The embedding has this many rows; the config may give the unpadded number.
     family["vocab_size"] = -(-config["vocab_size"] // multiple) * multiple
@@ -119,7 +122,8 @@ def from_family(family: Mapping[str, Any], source: Mapping[str, Any] | None) -> 
     """
     epsilon = family.get("layer_norm_epsilon", NORM_EPS)
     if epsilon != NORM_EPS:
-        raise ExportError(f"mamba_ssm's norms add {NORM_EPS:g}, while this model has layer_norm_epsilon = {epsilon:g}")
+        what = f"mamba_ssm's norms add {NORM_EPS:g}, while this model has layer_norm_epsilon = {epsilon:g}"
+        raise ExportError(what, fix="Export with --dialect transformers")
     if source is None:
         padded = next(multiple for multiple in (16, 8, 1) if family["vocab_size"] % multiple == 0)
         config: dict[str, Any] = {

@@ -75,7 +75,7 @@ def _names(checkpoint: Checkpoint, target: Dialect, config: Mapping[str, Any]) -
     for name in checkpoint.tensors:
         native = target.to_native(name, flags)
         if native is None:
-            raise ExportError(f"{target.name} has no name for the tensor {name}")
+            raise ExportError(f"{target.name} has no name for the tensor {name}", fix="Export with --to hf, which carries the code")
         names[native] = name
     # mamba_ssm's own files hold the tied head too, and its loader asks for it.
     if checkpoint.description.tie_word_embeddings and flags.get("lm_head", target.weights == "bin"):

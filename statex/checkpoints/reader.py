@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 STATEX = "statex"
 """model_type of canonical checkpoints, and the key of their block in config.json."""
 
+_RESTORE = "Restore the config.json that belongs to these weights"
 _TENSOR_NAME = re.compile(r"\b(?:model|lm_head)\.[\w.]*\w")
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _QUANTISED_NAMES = {
@@ -102,7 +103,7 @@ class Checkpoint:
         block = self.config.get(STATEX)
         if not isinstance(block, dict) or not isinstance(block.get("description"), dict):
             raise CheckpointError(
-                f"model_type is {STATEX}, but there is no `{STATEX}` block with a description", where="config.json"
+                f"model_type is {STATEX}, but there is no `{STATEX}` block with a description", where="config.json", fix=_RESTORE
             )
         if block.get("version", 1) != 1:
             raise CheckpointError(
@@ -111,7 +112,7 @@ class Checkpoint:
         try:
             self.description = ModelDescription.from_dict(block["description"])
         except (TypeError, KeyError) as error:
-            raise CheckpointError(f"the layer descriptions cannot be read: {error}", where="config.json") from error
+            raise CheckpointError(f"the layer descriptions cannot be read: {error}", where="config.json", fix=_RESTORE) from error
         self.family = get_family(self.description.family)
         return block
 
@@ -120,7 +121,8 @@ class Checkpoint:
         try:
             expected = {name: shape for name, (shape, _) in self.family.tensors(self.description).items()}
         except (KeyError, TypeError, ZeroDivisionError) as error:
-            raise CheckpointError(f"the layer descriptions cannot be read: {error!r}", where="config.json") from error
+            what = f"the layer descriptions cannot be read: {error!r}"
+            raise CheckpointError(what, where="config.json", fix=_RESTORE) from error
         missing = sorted(map(self._name_for_user, expected.keys() - self.tensors.keys()))
         extra = sorted([*self._unknown, *map(self._name_for_user, self.tensors.keys() - expected.keys())])
         parts = [
@@ -141,7 +143,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"config.json and the tensors disagree: it gives {self._name_for_user(name)} the shape"
                     f" {list(shape)}, and the file has {list(self.tensors[name].shape)}",
-                    fix="Restore the config.json that belongs to these weights",
+                    fix=_RESTORE,
                 )
 
     def _name_for_user(self, name: str) -> str:

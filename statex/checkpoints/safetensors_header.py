@@ -14,6 +14,8 @@ from .tensor_info import CODE_OF, CODES, SIZES, TensorInfo
 
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
+_LFS_POINTER = b"version "
+"""What a pointer begins with that git leaves in the place of a large file."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,19 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-            if size < _LENGTH_BYTES + 2 or length > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
+            start = file.read(_LENGTH_BYTES)
+            if start == _LFS_POINTER:
+                raise CheckpointError("the file is a Git LFS pointer, not the weights", where=str(path), fix="Run `git lfs pull`")
+            length = int.from_bytes(start, "little")
+            if size < _LENGTH_BYTES + 2:
+                raise _broken(path, f"the file has {size} bytes")
+            if length > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
                 raise _broken(path, f"its header should have {length} bytes and the file has {size}")
             table = json.loads(file.read(length))
         metadata = table.pop("__metadata__", {})
         entries = {name: _entry(path, name, row, _LENGTH_BYTES + length) for name, row in table.items()}
     except OSError as error:
-        raise CheckpointError(f"cannot read the file: {error.strerror}", where=str(path)) from error
+        raise CheckpointError(f"cannot read the file: {error.strerror}", where=str(path), fix="Check its permissions") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _broken(path, f"its header is not a table of tensors ({error})") from error
     end = max((entry.offset + entry.info.nbytes for entry in entries.values()), default=_LENGTH_BYTES + length)
@@ -53,7 +60,9 @@ def _entry(path: Path, name: str, row: Mapping[str, Any], start: int) -> Entry:
     code = row["dtype"]
     begin, end = row["data_offsets"]
     if code not in CODES:
-        raise CheckpointError(f"the tensor {name} has the unknown dtype {code}", where=str(path))
+        raise CheckpointError(
+            f"the tensor {name} has the unknown dtype {code}", where=str(path), fix="Use bf16, fp16 or fp32 weights"
+        )
     info = TensorInfo(row["shape"], CODES[code])
     if not 0 <= begin <= end or end - begin != info.nbytes:
         raise ValueError(f"{name} of shape {list(info.shape)} lies at bytes {begin} to {end}")

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
+_AGAIN = "Copy or download the file again"
+
 
 class Weights(Protocol):
     """Tensors by the names that the files give them."""
@@ -57,11 +59,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"cannot read {path.name}: {error.strerror}", where=str(path)) from error
+        raise CheckpointError(
+            f"cannot read {path.name}: {error.strerror}", where=str(path), fix="Give a checkpoint's folder"
+        ) from error
     except ValueError as error:
-        raise CheckpointError(f"{path.name} is not valid JSON: {error}", where=str(path)) from error
+        raise CheckpointError(f"{path.name} is not valid JSON: {error}", where=str(path), fix=_AGAIN) from error
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path.name} must hold a JSON object", where=str(path))
+        raise CheckpointError(f"{path.name} must hold a JSON object", where=str(path), fix=_AGAIN)
     return data
 
 
@@ -73,7 +77,7 @@ def read_index(path: Path) -> tuple[list[Path], dict[str, Path]]:
         or not table
         or not all(isinstance(name, str) and Path(name).name == name for name in table.values())
     ):
-        raise CheckpointError("the index has no weight_map from tensors to files beside it", where=str(path))
+        raise CheckpointError("the index has no weight_map from tensors to files beside it", where=str(path), fix=_AGAIN)
     missing = sorted({name for name in table.values() if not (path.parent / name).is_file()})
     if missing:
         raise CheckpointError(
@@ -88,7 +92,8 @@ def _indexed(held: Mapping[str, Path], names: Mapping[str, Path] | None) -> Mapp
     """Which file each tensor is in; what an index says must be so."""
     for name, path in (names or {}).items():
         if held.get(name) != path:
-            raise CheckpointError(f"the index says that {name} is in {path.name}, and it is not", where=str(path))
+            what = f"the index says that {name} is in {path.name}, and it is not"
+            raise CheckpointError(what, where=str(path), fix="Copy or download index and shards of one version")
     return held if names is None else names
 
 
@@ -115,7 +120,7 @@ class SafetensorsWeights:
                 file.seek(entry.offset)
                 read = file.readinto(data.numpy().data) if entry.info.nbytes else 0
         except OSError as error:
-            raise CheckpointError(f"cannot read {name}: {error.strerror}", where=str(path)) from error
+            raise CheckpointError(f"cannot read {name}: {error.strerror}", where=str(path), fix="Check the disk") from error
         if read != entry.info.nbytes:
             raise CheckpointError(
                 f"the file ends inside {name}", where=str(path), fix="It was changed while being read; start again"
@@ -185,5 +190,6 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
             f"truncated or broken weight file: {first_line}", where=str(path), fix="Copy or download it again"
         ) from error
     if not isinstance(data, dict) or not all(isinstance(value, torch.Tensor) for value in data.values()):
-        raise CheckpointError("the file must hold a table of tensors and nothing else", where=str(path))
+        what = "the file must hold a table of tensors and nothing else"
+        raise CheckpointError(what, where=str(path), fix="Save the model's state_dict in its place")
     return data

@@ -64,7 +64,10 @@ class OutputFolder:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 what, fix = f"the disk is full: {_bytes(self.need)} are needed in all", "Free some space or choose another disk"
             else:
-                what, fix = f"cannot write: {error.strerror or error}", None
+                what, fix = (
+                    f"cannot write: {error.strerror or error}",
+                    "Check the path and its permissions, or choose another folder",
+                )
             raise CheckpointError(what, where=str(self.out), fix=fix) from error
 
     def write_text(self, name: str, text: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EvaluationError
-from .result import Cell, EvalResult, TaskResult, load_result, write_text
+from .result import Cell, EvalResult, TaskResult, load_result, write_text, writing
 from .statistics import Difference, paired_difference
 
 if TYPE_CHECKING:
@@ -59,13 +59,12 @@ class Comparison:
         """Write `compare.json`, `compare.csv` and `compare_TASK.png` into folder `out` (made if absent); returns their paths."""
         from .plots import line_plot, save
 
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        json_file, csv_file = folder / "compare.json", folder / "compare.csv"
-        write_text(json_file, json.dumps(self._to_dict(), indent=1, ensure_ascii=False) + "\n")
-        write_text(csv_file, self._to_csv())
-        figures = [save(line_plot(self.series(task)), folder / f"compare_{task}.png") for task in self.tasks]
-        return [json_file, csv_file, *figures]
+        with writing(out) as folder:
+            json_file, csv_file = folder / "compare.json", folder / "compare.csv"
+            write_text(json_file, json.dumps(self._to_dict(), indent=1, ensure_ascii=False) + "\n")
+            write_text(csv_file, self._to_csv())
+            figures = [save(line_plot(self.series(task)), folder / f"compare_{task}.png") for task in self.tasks]
+            return [json_file, csv_file, *figures]
 
     def _to_dict(self) -> dict[str, Any]:
         rows = [

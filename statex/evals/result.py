@@ -6,7 +6,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -167,6 +169,10 @@ class EvalResult:
         tasks = {
             name: TaskResult(**{**task, "cells": [Cell(**cell) for cell in task["cells"]]}) for name, task in data["tasks"].items()
         }
+        for cell in (cell for task in tasks.values() for cell in task.cells):
+            if not len(cell.outcomes) == len(cell.weights) == cell.rows:
+                raise TypeError(f"{len(cell.outcomes)} outcomes, {len(cell.weights)} weights and {cell.rows} rows")
+        data["checkpoint"]["name"]
         return cls(**{**data, "tasks": tasks})
 
     def table(self) -> Group:
@@ -179,11 +185,10 @@ class EvalResult:
         """Write `results.json` and a PNG a task into folder `out` (made if absent); returns their paths, the JSON first."""
         from .plots import save_plots
 
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / RESULT_FILE
-        write_text(target, json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-        return [target, *save_plots(self, folder)]
+        with writing(out) as folder:
+            target = folder / RESULT_FILE
+            write_text(target, json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+            return [target, *save_plots(self, folder)]
 
 
 def load_result(path: str | Path) -> EvalResult:
@@ -218,6 +223,31 @@ def load_result(path: str | Path) -> EvalResult:
         raise EvaluationError(
             f"the result lacks or misnames a field ({error})", where=str(target), fix="Run the evaluation again"
         ) from error
+
+
+def check_folder(out: str | Path) -> Path:
+    """A folder to write into, which need not exist. Raises `EvaluationError` where no folder can be."""
+    folder = Path(out).expanduser()
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = f"{there} is not a folder" if not there.is_dir() else f"{there} cannot be written"
+        raise EvaluationError(what, where=str(out), fix="Choose another -o")
+    return folder
+
+
+@contextmanager
+def writing(out: str | Path) -> Iterator[Path]:
+    """The folder `out`, made if absent; one that was made and could not be filled is removed. Raises `EvaluationError`."""
+    folder = check_folder(out)
+    fresh = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except OSError as error:
+        if fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        what = f"the results cannot be written: {error.strerror or error}"
+        raise EvaluationError(what, where=str(out), fix="Make room, or choose another -o") from error
 
 
 def digest(rows: Iterable[np.ndarray]) -> str:

@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import __version__
 from ..errors import EvaluationError
-from .result import EvalResult, TaskResult
+from .result import EvalResult, TaskResult, check_folder
 from .subject import Subject, load_subject
 from .task import Context, Options, Schedule, Task
 from .tasks import get_tasks
@@ -69,6 +69,8 @@ def evaluate(
         EvaluationError: unknown task, missing or short data, no tokenizer, options out of range, not enough memory.
         CheckpointError: the checkpoint cannot be read.
     """
+    if out is not None:
+        check_folder(out)
     chosen = get_tasks(tasks, have_data=data is not None)
     options = Options(
         lengths=_positive(lengths, LENGTHS, "lengths"),
@@ -156,6 +158,6 @@ def _positive(values: Sequence[int] | None, default: tuple[int, ...], where: str
 
 
 def _seed(seed: int) -> int:
-    if seed < 0:
+    if not 0 <= seed < 2**63:
         raise EvaluationError(f"the seed is {seed}", where="seed", fix="Give a whole number from 0")
     return seed

@@ -131,7 +131,17 @@ def _jsonl(path: Path) -> Iterator[str]:
 def _parquet(path: Path) -> Iterator[str]:
     import datasets
 
-    rows = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
+    verbosity = datasets.logging.get_verbosity()
+    try:
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+        rows = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
+    except Exception as error:  # datasets and pyarrow raise dozens of kinds
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise EvaluationError(
+            f"the data file cannot be read ({reason})", where=str(path), fix="Check that it is a complete parquet file"
+        ) from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
     if "text" not in rows.column_names:
         raise EvaluationError(
             f"the file has no column `text` (found: {', '.join(rows.column_names)})",

@@ -11,6 +11,8 @@ from ..errors import CheckpointError, ExportError
 from .base import Shape
 from .description import LayerDescription, ModelDescription
 
+MEND = "Restore the config.json that belongs to these weights, or mend the key"
+"""What to do about a config that cannot be true."""
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -36,7 +38,7 @@ class Facts:
         value = self.get(key)
         if (value is None and optional) or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
             return value
-        raise CheckpointError(f"{key} must be a positive whole number, not {value!r}", where="config.json")
+        raise CheckpointError(f"{key} must be a positive whole number, not {value!r}", where="config.json", fix=MEND)
 
     def number(self, key: str) -> float:
         """A real number, infinity included (`{"__float__": "Infinity"}` is how transformers writes it)."""
@@ -47,7 +49,7 @@ class Facts:
         value = self.get(key)
         if isinstance(value, bool):
             return value
-        raise CheckpointError(f"{key} must be true or false, not {value!r}", where="config.json")
+        raise CheckpointError(f"{key} must be true or false, not {value!r}", where="config.json", fix=MEND)
 
     def agree(self, said: str, expected: int, tensor: str, axis: int) -> None:
         """Check that a tensor has the size along `axis` that the config asks for.
@@ -62,7 +64,7 @@ class Facts:
             raise CheckpointError(
                 f"config.json and the tensors disagree: {said} means {expected}, but {tensor} has shape {list(shape)}",
                 where=tensor,
-                fix="Restore the config.json that belongs to these weights, or mend the key",
+                fix=MEND,
             )
 
     def layers(self) -> int:
@@ -91,13 +93,13 @@ def as_number(key: str, value: Any) -> float:
         value = {"Infinity": float("inf"), "-Infinity": float("-inf")}.get(value["__float__"], value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    raise CheckpointError(f"{key} must be a number, not {value!r}", where="config.json")
+    raise CheckpointError(f"{key} must be a number, not {value!r}", where="config.json", fix=MEND)
 
 
 def divide(total: int, parts: int, what: str) -> int:
     """`total / parts`, which must be whole. Raises `CheckpointError` with `what` in it."""
     if total % parts:
-        raise CheckpointError(f"{what}: {total} is not a multiple of {parts}", where="config.json")
+        raise CheckpointError(f"{what}: {total} is not a multiple of {parts}", where="config.json", fix=MEND)
     return total // parts
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import CheckpointError, ExportError
 from .base import Family, Init, Shape, TensorSpec
 from .description import LayerDescription, ModelDescription
-from .facts import Facts, changed_keys, divide, uniform_layer
+from .facts import MEND, Facts, changed_keys, divide, uniform_layer
 
 DEFAULTS: dict[str, Any] = {
     "hidden_size": 2048,
@@ -118,7 +118,7 @@ def _expanded(facts: Facts, hidden: int, key: str) -> int:
     """Channels of `hidden_size * expand_k` (or `expand_v`), which must be whole, as in fla."""
     channels = hidden * facts.number(key)
     if round(channels) < 1 or not math.isclose(channels, round(channels)):
-        raise CheckpointError(f"hidden_size * {key} must be a positive whole number, not {channels}", where="config.json")
+        raise CheckpointError(f"hidden_size * {key} must be a positive whole number, not {channels}", where="config.json", fix=MEND)
     return round(channels)
 
 
@@ -141,7 +141,8 @@ def native_config(model: ModelDescription, source: Mapping[str, Any]) -> dict[st
             )
     if model.mixer["gate_logit_normalizer"] != GATE_LOGIT_NORMALIZER:
         raise ExportError(
-            f"stock gla divides gate logits by {GATE_LOGIT_NORMALIZER}, this model by {model.mixer['gate_logit_normalizer']}"
+            f"stock gla divides gate logits by {GATE_LOGIT_NORMALIZER}, this model by {model.mixer['gate_logit_normalizer']}",
+            fix="Export with --to hf, which carries the code",
         )
     wanted: dict[str, Any] = {
         "hidden_size": model.hidden_size,

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import CheckpointError, ExportError
 from .base import Family, Init, Shape, TensorSpec
 from .description import LayerDescription, ModelDescription
-from .facts import Facts, as_number, changed_keys, divide, uniform_layer
+from .facts import MEND, Facts, as_number, changed_keys, divide, uniform_layer
 
 DEFAULTS: dict[str, Any] = {
     "num_heads": 128,
@@ -53,6 +53,7 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> ModelDes
         raise CheckpointError(
             f"num_heads * head_dim ({heads} * {head_dim} = {inner}) must equal hidden_size * expand ({expanded:g})",
             where="config.json",
+            fix=MEND,
         )
     divide(heads, groups, f"num_heads ({heads}) must be a multiple of n_groups ({groups})")
     mixer = "model.layers.0.mixer"
@@ -99,7 +100,7 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> ModelDes
 def _time_step_limit(value: Any) -> list[float | None]:
     """`[low, high]` of the step after softplus; an infinite `high` is None, which strict JSON can hold."""
     if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise CheckpointError(f"time_step_limit must be two numbers, not {value!r}", where="config.json")
+        raise CheckpointError(f"time_step_limit must be two numbers, not {value!r}", where="config.json", fix=MEND)
     low, high = (math.inf if limit is None else as_number("time_step_limit", limit) for limit in value)
     return [low, None if math.isinf(high) else high]
 
@@ -110,7 +111,8 @@ def native_config(model: ModelDescription, source: Mapping[str, Any]) -> dict[st
     stock = {"scale": 1.0, "norm_groups": layer.key_heads, "query_heads": layer.key_heads, "blocks": 1}
     for field, value in stock.items():
         if not math.isclose(getattr(layer, field), value):
-            raise ExportError(f"the layers have {field} = {getattr(layer, field):g}, while a stock mamba2 layer has {value:g}")
+            what = f"the layers have {field} = {getattr(layer, field):g}, while a stock mamba2 layer has {value:g}"
+            raise ExportError(what, fix="Export with --to hf, which carries the code")
     inner = layer.value_heads * layer.value_dim
     expand = inner / model.hidden_size
     wanted: dict[str, Any] = {

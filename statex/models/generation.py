@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +32,55 @@ def stream_text(
     Args:
         temperature: 0 takes the most likely token; above, tokens are drawn.
     Raises:
-        StatexError: the prompt is empty, or a device, dtype or checkpoint cannot be used.
+        StatexError: the prompt is empty or no text, a number is out of range, or a device, dtype, tokenizer or checkpoint cannot
+            be used.
     """
+    _check(prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, num_beams=num_beams, seed=seed)
     place, encoder = pick_device(device), load_tokenizer(tokenizer or checkpoint)
     # The prompt goes on, so no end-of-text token is put behind it.
     inputs = encoder(prompt, add_special_tokens=False, return_tensors="pt")
     if inputs.input_ids.numel() == 0:
         raise StatexError("the prompt is empty", where="--prompt", fix="Give some text to continue")
     model = load(checkpoint, dtype=parse_dtype(dtype) or (torch.float32 if place.type == "cpu" else None), device=place)
+    if int(inputs.input_ids.max()) >= model.config.vocab_size:
+        what = f"the tokenizer gives token id {int(inputs.input_ids.max())}, the model knows {model.config.vocab_size}"
+        raise StatexError(what, where=str(tokenizer or checkpoint), fix="Give the model's own --tokenizer")
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     )
     torch.manual_seed(seed)
-    ids = model.generate(  # type: ignore[misc]
-        inputs.input_ids.to(place),
-        attention_mask=torch.ones_like(inputs.input_ids, device=place),
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        streamer=TextStreamer(encoder, skip_special_tokens=True) if num_beams == 1 else None,
-        **sampling,
-    )
+    try:
+        ids = model.generate(  # type: ignore[misc]
+            inputs.input_ids.to(place),
+            attention_mask=torch.ones_like(inputs.input_ids, device=place),
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            streamer=TextStreamer(encoder, skip_special_tokens=True) if num_beams == 1 else None,
+            **sampling,
+        )
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        fix = "Try --dtype float32 and a higher --temperature, or check the weights"
+        raise StatexError("the model gives NaN logits", where=str(checkpoint), fix=fix) from error
     text = str(encoder.decode(ids[0], skip_special_tokens=True))
     if num_beams > 1:
         print(text)
     return text
+
+
+def _check(prompt: str, *, max_new_tokens: int, temperature: float, top_p: float, num_beams: int, seed: int) -> None:
+    """Raise `StatexError` for options that mean nothing, before anything is loaded."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise StatexError("the prompt is not UTF-8 text", where="--prompt", fix="Convert it to UTF-8") from error
+    for option, good, wanted in (
+        ("--max-new-tokens", max_new_tokens >= 1, "a whole number from 1"),
+        ("--temperature", 0 <= temperature < math.inf, "0 for greedy, or a number above 0"),
+        ("--top-p", 0 < top_p <= 1, "a number above 0 and up to 1"),
+        ("--num-beams", num_beams >= 1, "a whole number from 1"),
+        ("--seed", 0 <= seed < 2**63, "a whole number from 0"),
+    ):
+        if not good:
+            raise StatexError("the value is out of range", where=option, fix=f"Give {wanted}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 
+from ..checkpoints.hub import locate_tokenizer
 from ..errors import CheckpointError, StatexError
 
 TOKENIZER_FILES = ("tokenizer", "vocab", "spiece.model")
@@ -24,14 +25,12 @@ def load_tokenizer(
     Raises:
         CheckpointError: the folder holds no tokenizer files, or they cannot be read.
     """
-    folder = Path(where)
-    local = folder.is_dir()
-    if local and not any(path.name.startswith(TOKENIZER_FILES) for path in folder.iterdir()):
+    folder = locate_tokenizer(where)
+    if not any(path.name.startswith(TOKENIZER_FILES) for path in folder.iterdir()):
         raise CheckpointError("the folder holds no tokenizer", where=str(where), fix=fix)
-    # Nothing about a tokenizer is read from a model's config, whose type transformers need not know (fla's).
-    config = {"config": PreTrainedConfig()} if local else {}
     try:
-        return AutoTokenizer.from_pretrained(str(where), **config)
+        # Nothing about a tokenizer is read from a model's config, whose type transformers need not know (fla's).
+        return AutoTokenizer.from_pretrained(str(folder), config=PreTrainedConfig())
     except Exception as error:  # tokenizers raises a bare Exception on a broken file
         raise CheckpointError(f"the tokenizer cannot be loaded ({first_line(error)})", where=str(where), fix=fix) from error
 
@@ -42,9 +41,10 @@ def pick_device(device: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        reason = f"the device cannot be used ({first_line(error)})"
+        # Reading a value back fails on `meta`, too.
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = f"the device cannot be used ({first_line(error).split('. ')[0]})"
         raise StatexError(reason, where=device, fix="Leave --device out, or give cpu or cuda:0") from error
     return found
 
@@ -54,9 +54,10 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
-    found = getattr(torch, short.get(dtype, dtype), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    name = short.get(dtype, dtype)
+    if name not in short.values():
         raise StatexError(f"{dtype!r} is not a dtype to compute in", where="dtype", fix=f"Give one of {', '.join(short.values())}")
+    found: torch.dtype = getattr(torch, name)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,11 +58,16 @@ def copy_recipe(name: str | Path, dest: str | Path, *, force: bool = False) -> P
         target = target / source.name
     if target.exists() and not force:
         raise RecipeError("the file exists already", where=str(target), fix="Choose another name, or overwrite it with --force.")
+    partial = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(_read_text(source), encoding="utf-8")
+        partial.write_text(_read_text(source), encoding="utf-8")
+        partial.replace(target)
     except OSError as error:
-        raise RecipeError(f"cannot write the copy: {error.strerror}", where=str(target)) from error
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        fix = "Make room, or choose another place"
+        raise RecipeError(f"cannot write the copy: {error.strerror}", where=str(target), fix=fix) from error
     return target
 
 
@@ -145,7 +151,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe: {error}", where=str(path)) from error
+        raise RecipeError(f"cannot read the recipe: {error}", where=str(path), fix="It must be UTF-8 text") from error
 
 
 def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -153,7 +159,8 @@ def _merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(_read_text(path))
     except yaml.YAMLError as error:
-        raise RecipeError(f"not valid YAML: {' '.join(str(error).split())}", where=str(path)) from None
+        what = f"not valid YAML: {' '.join(str(error).split())}"
+        raise RecipeError(what, where=str(path), fix="Mend that line") from None
     if not isinstance(values, dict):
         raise RecipeError("a recipe is a mapping of sections", where=str(path), fix="`statex recipes show recovery` is an example.")
     base = values.pop("extends", None)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -76,7 +77,7 @@ class Optimizer(Section):
 
     learning_rate: Positive = Field(description="Highest learning rate of the schedule, before multipliers.")
     multipliers: Multipliers = Field(default=Multipliers(), description="Factors on the learning rate by role.")
-    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="AdamW's decay rates of the two moments.")
+    betas: tuple[Rate, Rate] = Field(default=(0.9, 0.95), description="AdamW's decay rates of the two moments.")
     eps: Positive = Field(default=1e-8, description="AdamW's term in the denominator.")
     weight_decay: NonNegative = Field(
         default=0.1, description="Decoupled weight decay of projections, convolutions and embeddings."
@@ -131,7 +132,7 @@ class Training(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, about a third more time."
     )
-    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Of the order of the data and of all draws.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="Of the order of the data and of all draws.")
     save_every: Count = Field(default=500, description="Steps between resumable checkpoints, of which the last two are kept.")
     spike_guard: SpikeGuard = Field(default=SpikeGuard(), description="When to stop a diverging run.")
 

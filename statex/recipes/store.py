@@ -44,11 +44,18 @@ class RunStore:
 
     def create(self, recipe: Recipe) -> None:
         """Make the folder and write the recipe as run."""
+        fresh, partial = not self.checkpoints.exists(), self.out / f".partial-{RECIPE_FILE}"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            (self.out / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
+            partial.write_text(dump_recipe(recipe), encoding="utf-8")
+            partial.replace(self.out / RECIPE_FILE)
         except OSError as error:
-            raise TrainingError(f"cannot write the run's folder: {error.strerror}", where=str(self.out)) from error
+            if fresh:
+                shutil.rmtree(self.out, ignore_errors=True)
+            else:
+                partial.unlink(missing_ok=True)
+            fix = "Make room, or choose another -o"
+            raise TrainingError(f"cannot write the run's folder: {error.strerror}", where=str(self.out), fix=fix) from error
 
     def latest(self) -> Path | None:
         """The newest resumable checkpoint."""
@@ -123,7 +130,9 @@ class RunStore:
             reason = error.what if isinstance(error, CheckpointError) else str(error).splitlines()[0]
             kept = self.latest()
             resume = (
-                f"The last good checkpoint is {kept}; go on from it with --resume." if kept else "No checkpoint was saved before."
+                f"The last good checkpoint is {kept}; go on from it with --resume."
+                if kept
+                else "No checkpoint was saved before; start again with --force."
             )
             raise TrainingError(f"cannot write a checkpoint: {reason}", where=str(where), fix=f"Make room. {resume}") from error
 

@@ -22,7 +22,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import nn
 
-from ..errors import RecipeError, TrainingError
+from ..errors import RecipeError, RunStopped, TrainingError
+from ..models.named import pick_device
 from .data.packing import Batch, Packer
 from .guard import LossGuard
 from .optimizer import build_optimizer, learning_rate, set_learning_rate
@@ -67,11 +68,15 @@ class Pace:
 
 
 def make_accelerator(device: str | None) -> Accelerator:
-    """An accelerator for this process; `device="cpu"` keeps it off a GPU. Raises `RecipeError` but for plain data parallelism."""
+    """An accelerator for this process; `device="cpu"` keeps it off a GPU. Raises
+    `StatexError` for a device that is not there, `RecipeError` but for plain data parallelism."""
     # Masters stay fp32 and autocast is opened by the loop: accelerate's own would copy all logits to fp32.
-    accelerator = Accelerator(mixed_precision="no", cpu=device == "cpu")
-    if device is not None and torch.device(device).type != accelerator.device.type:
-        raise RecipeError(f"there is no {device} here", fix="Leave the device out, or name cpu.")
+    place = None if device is None else pick_device(device)
+    if place is not None and place.type == "cuda" and place.index is not None:
+        torch.cuda.set_device(place)
+    accelerator = Accelerator(mixed_precision="no", cpu=place is not None and place.type == "cpu")
+    if place is not None and place.type != accelerator.device.type:
+        raise RecipeError(f"accelerate does not train on {device} here", where="--device", fix="Leave it out, or name cpu.")
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise RecipeError(f"distributed training of the kind {kind.value} is not supported", fix="Use plain data parallelism.")
@@ -142,7 +147,7 @@ class Trainer:
         self.guard = LossGuard(training.spike_guard)
         self.progress = Progress()
         self.evaluation_start = evaluation.state() if evaluation else {}
-        self.stop_asked = False
+        self.stop_signal: int | None = None
 
     def state(self) -> dict[str, Any]:
         """Everything but the weights that decides how the run goes on. To be called by every process."""
@@ -166,7 +171,8 @@ class Trainer:
             )
         names = [group["param_names"] for group in state["optimizer"]["param_groups"]]
         if names != [group["param_names"] for group in self.optimizer.param_groups]:
-            raise RecipeError("the run was started from a checkpoint with other parameters", where=str(self.store.out))
+            what = "the run was started from a checkpoint with other parameters"
+            raise RecipeError(what, where=str(self.store.out), fix="Name the checkpoint that it was started from.")
         own = state["processes"][self.accelerator.process_index]
         self.progress = Progress(**state["progress"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -180,7 +186,8 @@ class Trainer:
         """Train to the end of the schedule. `reporter` is None in all processes but the first.
 
         Raises:
-            TrainingError: the loss is not finite or spikes, the disk is full, or a signal (Ctrl-C) asked to stop.
+            TrainingError: the loss is not finite or spikes, or the disk is full.
+            RunStopped: a signal (Ctrl-C) asked to stop.
         """
         progress, recipe = self.progress, self.recipe
         self.parallel.train()
@@ -205,8 +212,7 @@ class Trainer:
                     if self.guard.calm and (last or stop or _due(recipe.training.save_every, progress.step)):
                         self._save()
                 if stop and not last:
-                    told = f"stopped after step {progress.step} of {self.total}"
-                    raise TrainingError(told, where=str(self.store.out), fix=self._how_to_resume())
+                    raise self._stopped()
         return progress
 
     def _record(self, grad_norm: float, pace: Pace) -> dict[str, float]:
@@ -235,7 +241,7 @@ class Trainer:
             losses.append(loss.detach())
         norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.clip_norm)
         loss_value, grad_norm = torch.stack([torch.stack(losses).sum(), norm]).tolist()
-        stop = self.stop_asked
+        stop = self.stop_signal is not None
         if processes > 1:
             total, stopped = self._sum(loss_value / processes, float(stop)).tolist()
             loss_value, stop = total, stopped > 0
@@ -299,19 +305,20 @@ class Trainer:
             fix=f"{start}, with a lower optimizer.learning_rate or longer schedule.warmup_steps.",
         )
 
-    def _how_to_resume(self) -> str:
-        kept = self.store.latest()
-        if kept is None:
-            return "No checkpoint was saved; start again with --force."
-        command = f"statex finetune {self.store.source.name} -o {self.store.out} --resume"
-        return f"The last good checkpoint is {kept}. Go on from it with: {command}"
+    def _stopped(self) -> RunStopped:
+        kept, fix = self.store.latest(), "No checkpoint was saved; start again with --force."
+        if kept is not None:
+            command = f"statex finetune {self.store.source.name} -o {self.store.out} --resume"
+            fix = f"The last good checkpoint is {kept}. Go on from it with: {command}"
+        told = f"stopped after step {self.progress.step} of {self.total}"
+        return RunStopped(told, where=str(self.store.out), fix=fix, signal=self.stop_signal or signal.SIGINT)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """Ctrl-C and a cluster's SIGTERM end the run after the step at hand; a second one ends it at once."""
 
         def ask(number: int, frame: FrameType | None) -> None:
-            self.stop_asked = True
+            self.stop_signal = number
             for name, handler in before.items():
                 signal.signal(name, handler)
 
@@ -321,6 +328,12 @@ class Trainer:
         before = {name: signal.signal(name, ask) for name in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
+        except Exception:
+            raise
+        except BaseException as error:
+            if self.stop_signal is None:
+                raise
+            raise self._stopped() from error
         finally:
             for name, handler in before.items():
                 signal.signal(name, handler)

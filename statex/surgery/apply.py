@@ -12,6 +12,7 @@ import torch
 
 from .. import __version__
 from ..checkpoints import Checkpoint, CheckpointWriter, TensorInfo, canonical_config, open_checkpoint
+from ..errors import PlanError
 from ..families.description import ModelDescription
 from .card import model_card
 from .lazy import LazyTensor, Status
@@ -86,7 +87,13 @@ def expand_checkpoint(
                 plan=plan, plan_file=plan_file,
             )  # fmt: skip
         source = str(path)
-        expansion = work_out(checkpoint, plan, source=source, out=None if dry_run or out is None else Path(out))
+        try:
+            expansion = work_out(checkpoint, plan, source=source, out=None if dry_run or out is None else Path(out))
+        except PlanError as error:
+            if not checkpoint.is_expanded:
+                raise
+            what = f"the checkpoint is expanded already, and this plan does not go on top: {error.what}"
+            raise PlanError(what, where=f"{source}, {error.where}", fix=error.fix) from error
         if dry_run:
             return expansion.summary
         if out is None:

@@ -209,7 +209,7 @@ def _parse_options(operator: Operator, values: Mapping[str, Any], where: str) ->
             except ValidationError as error:
                 reason = "; ".join(dict.fromkeys(problem["msg"][:1].lower() + problem["msg"][1:] for problem in error.errors()))
                 message = f"`{field.name}` of {operator.name} cannot be {values[field.name]!r}: {reason}"
-                raise PlanError(message, where=where, fix=f"{field.name} is {field.metadata['help']}") from None
+                raise PlanError(message, where=where, fix=f"It is {field.metadata['help']}") from None
     options = operator.options(**values)
     for field in dataclasses.fields(options):
         only = field.metadata.get("only")

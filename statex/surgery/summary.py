@@ -148,7 +148,7 @@ class ExpansionSummary:
         table = Table(title=title, show_footer=True, title_justify="left")
         before, after = self.before, self.after
         table.add_column("layer", "all", justify="right")
-        table.add_column("operator")
+        table.add_column("operator", overflow="fold")
         table.add_column("heads × [key, value]")
         table.add_column("state elements", arrow(before.state_elements, after.state_elements), justify="right")
         table.add_column("state bytes", arrow(before.state_bytes, after.state_bytes, binary), justify="right")

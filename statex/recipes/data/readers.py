@@ -76,6 +76,9 @@ class IndexedReader:
     def __init__(self, table: datasets.Dataset, entry: TextEntry, seed: tuple[int, ...], shard: Shard) -> None:
         self.table, self.field, self.piece_bytes, self.seed, self.shard = table, entry.field, entry.piece_bytes, seed, shard
         # Only offsets are read here, not the text.
+        kind = table.features[entry.field].dtype if isinstance(table.features[entry.field], datasets.Value) else "nested"
+        if kind not in ("string", "large_string"):
+            raise RecipeError(f"column '{entry.field}' holds no text ({kind})", where=str(entry.path), fix="Write it as strings.")
         lengths = pyarrow.compute.binary_length(table.data.column(entry.field)).fill_null(0).to_numpy()
         counts = -(-lengths // entry.piece_bytes) if entry.piece_bytes else (lengths > 0).astype(np.int64)
         self.ends = np.cumsum(counts)
@@ -210,9 +213,12 @@ def _load(entry: TextEntry) -> Any:
         )
     files = _local_files(entry)
     quiet = files is not None and not datasets.are_progress_bars_disabled()
+    verbosity = datasets.logging.get_verbosity()
     try:
         if quiet:
             datasets.disable_progress_bars()
+        # What cannot be read is told once, below.
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         if files is None:
             table = datasets.load_dataset(entry.path, entry.name, split=entry.split, streaming=entry.streaming)
         else:
@@ -221,11 +227,13 @@ def _load(entry: TextEntry) -> Any:
             names = [str(file) for file in files]
             table = datasets.load_dataset(builder, data_files=names, split="train", streaming=entry.streaming, **options)
     except Exception as error:  # datasets raises dozens of kinds, from pyarrow, fsspec and the hub
+        if isinstance(error.__cause__, StopIteration):
+            raise RecipeError("the data set is empty", where=entry.path, fix="Name another --data.") from error
         reason = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
-        raise RecipeError(
-            f"cannot read the data: {reason}", where=entry.path, fix="Check the file, or the hub id and its split."
-        ) from error
+        fix = "Check the hub id and its split." if files is None else "Check that the file is complete, and its text UTF-8."
+        raise RecipeError(f"cannot read the data: {reason}", where=entry.path, fix=fix) from error
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if quiet:
             datasets.enable_progress_bars()
     columns = table.column_names
