@@ -42,8 +42,9 @@ def stream_text(
     if inputs.input_ids.numel() == 0:
         raise StatexError("the prompt is empty", where="--prompt", fix="Give some text to continue")
     model = load(checkpoint, dtype=parse_dtype(dtype) or (torch.float32 if place.type == "cpu" else None), device=place)
-    if int(inputs.input_ids.max()) >= model.config.vocab_size:
-        what = f"the tokenizer gives token id {int(inputs.input_ids.max())}, the model knows {model.config.vocab_size}"
+    vocabulary = model.config.vocab_size or len(encoder)
+    if int(inputs.input_ids.max()) >= vocabulary:
+        what = f"the tokenizer gives token id {int(inputs.input_ids.max())}, the model knows {vocabulary}"
         raise StatexError(what, where=str(tokenizer or checkpoint), fix="Give the model's own --tokenizer")
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}

@@ -227,7 +227,7 @@ def _load(entry: TextEntry) -> Any:
             names = [str(file) for file in files]
             table = datasets.load_dataset(builder, data_files=names, split="train", streaming=entry.streaming, **options)
     except Exception as error:  # datasets raises dozens of kinds, from pyarrow, fsspec and the hub
-        if isinstance(error.__cause__, StopIteration):
+        if isinstance(error, StopIteration):  # of an empty JSONL file
             raise RecipeError("the data set is empty", where=entry.path, fix="Name another --data.") from error
         reason = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
         fix = "Check the hub id and its split." if files is None else "Check that the file is complete, and its text UTF-8."
