@@ -20,7 +20,7 @@ app = typer.Typer(
     name="statex",
     help="Give a pretrained recurrent language model a bigger memory: expand its state, recover it, measure recall, export.",
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )

@@ -158,7 +158,8 @@ def find_dialect(config: Mapping[str, Any], where: str) -> Dialect:
         if dialect.matches(config):
             return dialect
     if "ssm_cfg" in config:
-        what = f"the state-spaces layer {(config['ssm_cfg'] or {}).get('layer', 'Mamba1')!r} is not supported"
+        layer = config["ssm_cfg"].get("layer", "Mamba1") if isinstance(config["ssm_cfg"], dict) else "Mamba1"
+        what = f"the state-spaces layer {layer!r} is not supported"
     elif config.get("model_type") == "mamba2":
         what = "fla's own mamba2 config (dt_min, norm_eps) is not supported"
     elif config.get("model_type") is None:

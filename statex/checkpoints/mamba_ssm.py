@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,9 +88,13 @@ def to_family(config: Mapping[str, Any]) -> dict[str, Any]:
             raise CheckpointError(
                 f"{key} = {value!r} is not supported in a state-spaces config", where="config.json", fix=f"Only {only!r} is"
             )
-    missing = [key for key in ("d_model", "n_layer", "vocab_size") if not isinstance(config.get(key), int)]
+    multiple, expand = _said(config, "pad_vocab_size_multiple"), _said(ssm, "expand")
+    wholes = {key: config.get(key) for key in ("d_model", "n_layer", "vocab_size")} | {"pad_vocab_size_multiple": multiple}
+    missing = [key for key, value in wholes.items() if not isinstance(value, int) or value < 1]
+    if not isinstance(expand, (int, float)) or not 0 < expand < math.inf:
+        missing.append("expand")
     if missing:
-        what = f"the state-spaces config lacks a whole number for: {', '.join(missing)}"
+        what = f"the state-spaces config lacks a positive number for: {', '.join(missing)}"
         raise CheckpointError(what, where="config.json", fix=MEND)
     family: dict[str, Any] = {"model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"]}
     family |= {theirs: _said(config, key) for key, theirs in TOP_KEYS.items()}
@@ -98,7 +103,6 @@ def to_family(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(head_dim, int) or head_dim < 1 or inner % head_dim:
         what = f"d_model * expand ({inner}) is not a multiple of headdim ({head_dim})"
         raise CheckpointError(what, where="config.json", fix=MEND)
-    multiple = _said(config, "pad_vocab_size_multiple")
     # The embedding has this many rows; the config may give the unpadded number.
     family["vocab_size"] = -(-config["vocab_size"] // multiple) * multiple
     family["num_heads"] = int(inner // head_dim)

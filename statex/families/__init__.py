@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..errors import CheckpointError
 from .base import Family, Init, Role, TensorSpec
 from .description import LayerDescription, ModelDescription
-from .draw import draw
+from .draw import draw, keyed_generator
 from .gla import GLA
 from .mamba2 import MAMBA2
 
@@ -14,9 +14,20 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (GLA, MAMBA2)}
 
 def get_family(name: str) -> Family:
     """The family of that name (`gla`, `mamba2`). Raises `CheckpointError` when there is none."""
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise CheckpointError(f"unknown model family {name!r}", fix=f"Supported: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[name]
 
 
-__all__ = ["FAMILIES", "Family", "Init", "LayerDescription", "ModelDescription", "Role", "TensorSpec", "draw", "get_family"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Init",
+    "LayerDescription",
+    "ModelDescription",
+    "Role",
+    "TensorSpec",
+    "draw",
+    "get_family",
+    "keyed_generator",
+]

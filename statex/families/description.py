@@ -7,8 +7,9 @@ remote code carries this file along.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Mixing = Literal["scalar", "channel"]
 
@@ -85,5 +86,17 @@ class ModelDescription:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelDescription:
-        """Inverse of `to_dict`. Raises `TypeError` on unknown or missing fields."""
-        return cls(**{**data, "layers": tuple(LayerDescription(**layer) for layer in data["layers"])})
+        """Inverse of `to_dict`. Raises `TypeError` on unknown or missing fields, and on layers of impossible values."""
+        return cls(**{**data, "layers": tuple(map(_layer, data["layers"]))})
+
+
+def _layer(data: dict[str, Any]) -> LayerDescription:
+    layer = LayerDescription(**data)
+    for name, value in vars(layer).items():
+        if name == "mixing":
+            possible = value is None or value in get_args(Mixing)
+        else:
+            possible = type(value) in ((int, float) if name == "scale" else (int,)) and 0 < value < math.inf
+        if not possible:
+            raise TypeError(f"{name} = {value!r}")
+    return layer

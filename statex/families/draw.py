@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -13,6 +14,21 @@ if TYPE_CHECKING:
     import torch
 
 _Args = dict[str, float]
+
+
+def keyed_generator(seed: int, name: str, purpose: str = "") -> torch.Generator:
+    """A CPU generator for one tensor: the same whatever the shard order, the threads or the other layers do.
+
+    Args:
+        seed: of the plan, or of the model.
+        name: full canonical tensor name.
+        purpose: tells apart several draws into one tensor, such as the row ranges of two successive widenings: with one key for
+            both, the second would draw the first one's rows again, and equal rows never part.
+    """
+    import torch
+
+    digest = hashlib.sha256(f"{seed}\n{name}\n{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def draw(init: Init, shape: Shape, *, model: ModelDescription, generator: torch.Generator | None = None) -> torch.Tensor:

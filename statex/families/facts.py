@@ -71,7 +71,7 @@ class Facts:
         """num_hidden_layers, after checking that the tensors hold layers 0 to n-1."""
         count = int(self.integer("num_hidden_layers"))
         held = {int(match[1]) for match in map(_LAYER.match, self.shapes) if match}
-        if self.shapes and held != set(range(count)):
+        if self.shapes and (len(held) != count or held != set(range(count))):
             found = f"layers {min(held)} to {max(held)} ({len(held)} in all)" if held else "none"
             raise CheckpointError(
                 f"config.json and the tensors disagree: num_hidden_layers is {count}, but the weights hold {found}",

@@ -117,7 +117,7 @@ def _refuse_unsupported(facts: Facts) -> None:
 def _expanded(facts: Facts, hidden: int, key: str) -> int:
     """Channels of `hidden_size * expand_k` (or `expand_v`), which must be whole, as in fla."""
     channels = hidden * facts.number(key)
-    if round(channels) < 1 or not math.isclose(channels, round(channels)):
+    if not math.isfinite(channels) or round(channels) < 1 or not math.isclose(channels, round(channels)):
         raise CheckpointError(f"hidden_size * {key} must be a positive whole number, not {channels}", where="config.json", fix=MEND)
     return round(channels)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..families import Init, draw, get_family
+from ..families import Init, draw, get_family, keyed_generator
 
 if TYPE_CHECKING:
     from .modeling import StatexForCausalLM
@@ -28,6 +27,5 @@ def draw_weights(model: StatexForCausalLM, seed: int) -> None:
     for index in range(len(description.layers)):
         inits |= {f"model.layers.{index}.{spec.name}": spec.init for spec in get_family(description.family).layer_tensors}
     for name, parameter in model.named_parameters():
-        digest = hashlib.sha256(f"{seed}\n{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = keyed_generator(seed, name)
         parameter.copy_(draw(inits[name], tuple(parameter.shape), model=description, generator=generator))

@@ -8,6 +8,7 @@ that, and the loop is one screen; accelerate brings the device, data parallelism
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 import time
@@ -308,7 +309,7 @@ class Trainer:
     def _stopped(self) -> RunStopped:
         kept, fix = self.store.latest(), "No checkpoint was saved; start again with --force."
         if kept is not None:
-            command = f"statex finetune {self.store.source.name} -o {self.store.out} --resume"
+            command = shlex.join(["statex", "finetune", self.store.source.name, "-o", str(self.store.out), "--resume"])
             fix = f"The last good checkpoint is {kept}. Go on from it with: {command}"
         told = f"stopped after step {self.progress.step} of {self.total}"
         return RunStopped(told, where=str(self.store.out), fix=fix, signal=self.stop_signal or signal.SIGINT)

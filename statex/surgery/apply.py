@@ -93,7 +93,7 @@ def expand_checkpoint(
             if not checkpoint.is_expanded:
                 raise
             what = f"the checkpoint is expanded already, and this plan does not go on top: {error.what}"
-            raise PlanError(what, where=f"{source}, {error.where}", fix=error.fix) from error
+            raise PlanError(what, where=error.where, fix=error.fix) from error
         if dry_run:
             return expansion.summary
         if out is None:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError
-from ..families import draw
+from ..families import draw, keyed_generator
 from ..families.base import Family, TensorSpec
 from ..families.description import LayerDescription, ModelDescription
-from .draws import generator
 from .lazy import LazyTensor
 
 InitName = Literal["preserve", "inherit", "reinit"]
@@ -50,7 +49,7 @@ class Context:
 
     def generator(self, name: str, purpose: str = "") -> torch.Generator:
         """The random source of one tensor of this layer."""
-        return generator(self.seed, self.full_name(name), purpose)
+        return keyed_generator(self.seed, self.full_name(name), purpose)
 
     def spec(self, name: str) -> TensorSpec:
         """What the family declares about a tensor of this layer."""

@@ -156,7 +156,7 @@ def test_what_is_not_defined_is_refused_with_layer_and_remedy(
 
 def test_odd_head_counts_name_the_factors_that_work(tmp_path: Path) -> None:
     base = write("gla", tmp_path / "base", hidden_size=48, num_heads=6, expand_k=1.0)
-    with pytest.raises(PlanError, match="use 2 or 3 or 6"):
+    with pytest.raises(PlanError, match="Use 2 or 3 or 6"):
         expand(base, tmp_path / "out", {**MERGE, "factor": 4})
     expand(base, tmp_path / "out", {**MERGE, "factor": 3})
     assert largest_difference(base, tmp_path / "out") < 1e-10
