@@ -49,11 +49,11 @@ def run(out: Path, *, force: bool = False, steps: int | None = None) -> dict[str
         raise StatexError(
             "the output folder is not empty", where=str(out), fix="Choose another with -o, or replace it with --force"
         )
-    console, started = Console(), time.perf_counter()
+    console, started = Console(markup=False, highlight=False), time.perf_counter()
     overrides = {} if steps is None else {"schedule.max_steps": steps}
 
     def step(number: int, command: str) -> None:
-        console.rule(f"[bold]{number} of 7[/bold]  {command}", align="left")
+        console.rule(f"{number} of 7  {command}", align="left")
 
     step(1, "statex inspect gla-quickstart")
     console.print(inspect_checkpoint(CHECKPOINT).table())
@@ -79,7 +79,7 @@ def run(out: Path, *, force: bool = False, steps: int | None = None) -> dict[str
     table = _table(report, results)
     with (out / "report.txt").open("w", encoding="utf-8") as file:
         Console(file=file, width=140).print(table)
-    console.rule("[bold]result[/bold]", align="left")
+    console.rule("result", align="left")
     console.print(table)
     console.print(f"{time.perf_counter() - started:.0f} s. The texts and rows that measured were not trained on.")
     for what, where in {
@@ -88,7 +88,7 @@ def run(out: Path, *, force: bool = False, steps: int | None = None) -> dict[str
         "numbers": "compare/compare.csv",
         "for plain transformers, trust_remote_code=True": "exported",
     }.items():
-        console.print(f"  {what}: {out / where}", soft_wrap=True, highlight=False)
+        console.print(f"  {what}: {out / where}", soft_wrap=True)
     return results
 
 

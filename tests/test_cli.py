@@ -39,6 +39,7 @@ Run = Callable[..., Outcome]
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """`statex` with these arguments, in this process."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # pytest-xdist sets it, and tables would wrap
 
     def call(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["statex", *map(str, arguments)])
