@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "state_limit-h100.csv"
 FIGURE = ROOT / "docs" / "images" / "state_limit.png"
 COLUMNS = ("run", "step", "tokens", "bits_per_byte", "num_pairs", "accuracy", "rows", "device")
-DEVICE = "NVIDIA H100 80GB HBM3, torch 2.11.0+cu130"
 ROWS = 256
 
 
@@ -36,7 +35,16 @@ def collect(runs: list[Path]) -> None:
             for record in json.loads((run / "curve.json").read_text()):
                 for num_pairs, accuracy in record.get("mqar", {}).items():
                     writer.writerow(
-                        [run.name, record["step"], record["tokens"], record["bits_per_byte"], num_pairs, accuracy, ROWS, DEVICE]
+                        [
+                            run.name,
+                            record["step"],
+                            record["tokens"],
+                            record["bits_per_byte"],
+                            num_pairs,
+                            accuracy,
+                            ROWS,
+                            record["device"],
+                        ]
                     )
 
 

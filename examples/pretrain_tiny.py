@@ -282,6 +282,7 @@ def train(args: argparse.Namespace, preset: Preset) -> None:
     backward, draws = Backward(model, (preset.text_rows, preset.window)), np.random.default_rng([args.seed, 2])
     counts = [n for n in PAIRS if n <= preset.max_pairs]
     args.out.mkdir(parents=True, exist_ok=True)
+    machine = f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}"
     began, tokens, curve = time.monotonic(), 0, []
     try:
         for step in range(preset.steps):
@@ -300,7 +301,7 @@ def train(args: argparse.Namespace, preset: Preset) -> None:
             tokens += ids.numel() + rows.numel()
             last = step == preset.steps - 1
             if step % args.log_every == 0 or last:
-                record = {"step": step, "tokens": tokens, "seconds": round(time.monotonic() - began, 1)}
+                record = {"step": step, "tokens": tokens, "seconds": round(time.monotonic() - began, 1), "device": machine}
                 record |= {"text_bits": text_loss.item() / math.log(2), "num_pairs": num_pairs, "mqar_nats": mqar_loss.item()}
                 if last or (step and step % args.eval_every == 0):
                     record |= evaluate(model, mixture, test if last else test[:INTERIM_BYTES])

@@ -329,10 +329,8 @@ class Trainer:
         before = {name: signal.signal(name, ask) for name in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
-        except Exception:
-            raise
         except BaseException as error:
-            if self.stop_signal is None:
+            if isinstance(error, Exception) or self.stop_signal is None:
                 raise
             raise self._stopped() from error
         finally:
