@@ -47,7 +47,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-DIALECT = {"gla": "fla", "mamba2": "transformers"}
 OPERATORS = {"gla": ("merge_heads", "lift_keys"), "mamba2": ("widen_state", "lift_keys")}
 MIB = 2**20
 
@@ -57,10 +56,10 @@ def write_random(config: dict[str, Any], dtype_name: str, out: Path) -> None:
     import torch
 
     from statex.checkpoints import CheckpointWriter, TensorInfo
-    from statex.checkpoints.dialects import DIALECTS
+    from statex.checkpoints.dialects import default_dialect
     from statex.families import get_family
 
-    dialect, family = DIALECTS[DIALECT[config["model_type"]]], get_family(config["model_type"])
+    dialect, family = default_dialect(config["model_type"]), get_family(config["model_type"])
     variants = dialect.default_variants(config)
     shapes = {name: shape for name, (shape, _role) in family.tensors(family.describe(config, {})).items()}
     native = {str(dialect.to_native(name, variants)): TensorInfo(shape, dtype_name) for name, shape in shapes.items()}

@@ -7,6 +7,7 @@ The mixture, drawn afresh at every step:
 - windows of public-domain books (field `text` of a JSONL file), every byte predicted;
 - the same windows with needles: a sentence that states a number somewhere in the window, the question and the answer at its end;
 - MQAR rows (`statex.evals.mqar_rows`): n key-value pairs, then all of them again in another order, where the values are predicted.
+  They come in batches of their own or, with `joined`, in one batch with the text, each filled up with text to a whole window.
 
 `--state 4` is the control that shows what limits recall: the same training with a key dimension four times as large. `--lift 4` is
 the same with lifted keys, at equal parameters.
@@ -79,16 +80,21 @@ class Preset:
     heads: int
     key_dim: int
     steps: int
+    expand_v: float = 1.0
+    intermediate_size: int | None = None
     learning_rate: float = 3e-3
     window: int = 512
     text_rows: int = 64
     mqar_tokens: int = 16_384
     max_pairs: int = 128
+    joined: bool = False
 
 
 PRESETS = {
-    "gla": Preset("gla", hidden_size=320, num_layers=4, heads=4, key_dim=8, steps=4000),
-    "mamba2": Preset("mamba2", hidden_size=384, num_layers=5, heads=12, key_dim=16, steps=4500),
+    "gla": Preset(
+        "gla", hidden_size=256, num_layers=4, heads=2, key_dim=8, steps=4000, expand_v=0.5, intermediate_size=1536
+    ),
+    "mamba2": Preset("mamba2", hidden_size=384, num_layers=5, heads=12, key_dim=16, steps=4500, text_rows=48, joined=True),
     "gla-quickstart": Preset("gla", hidden_size=128, num_layers=4, heads=2, key_dim=8, steps=4000),
 }
 
@@ -104,7 +110,8 @@ def describe(preset: Preset, state: int, lift: int) -> ModelDescription:
         "tie_word_embeddings": True,
     }
     if preset.family == "gla":
-        config |= {"expand_k": preset.heads * key_dim / hidden, "expand_v": 1.0, "use_short_conv": True}
+        config |= {"expand_k": preset.heads * key_dim / hidden, "expand_v": preset.expand_v, "use_short_conv": True}
+        config |= {"intermediate_size": preset.intermediate_size} if preset.intermediate_size else {}
     else:
         config |= {"expand": 2, "head_dim": 2 * hidden // preset.heads, "state_size": key_dim, "n_groups": 1}
     description = get_family(preset.family).describe(config, {})
@@ -146,6 +153,19 @@ class Mixture:
         rows = self.preset.text_rows
         needles = self.needles[self.randint(len(self.needles), rows // 8)].long() + BYTE_OFFSET
         return torch.cat([self.windows(rows - len(needles), self.preset.window), needles])
+
+
+    def apart(self, num_pairs: int) -> list[tuple[Tensor, Tensor]]:
+        """Text, and MQAR rows in a batch of their own."""
+        text = self.text()
+        return [(text, text), self.mqar(num_pairs, self.preset.mqar_tokens // (4 * num_pairs))]
+
+    def joined(self, num_pairs: int) -> tuple[Tensor, Tensor]:
+        """`[2 * text_rows, window]` ids and labels: text, and as many MQAR rows, each followed by text."""
+        text, (rows, answers) = self.text(), self.mqar(num_pairs, self.preset.text_rows)
+        filling = self.windows(len(rows), self.preset.window - rows.shape[1])
+        ids = torch.cat([text, torch.cat([rows, filling], dim=1)])
+        return ids, torch.cat([text, torch.cat([answers, filling], dim=1)])
 
 
 def read_bytes(path: Path) -> np.ndarray:
@@ -207,12 +227,14 @@ class Backward:
     """Forward and backward of one batch, `(ids, labels) -> loss` in nats; gradients add up in `.grad`.
 
     A model of a few million parameters is bound by kernel launches and elementwise passes. On a GPU the text batches, all of one
-    shape, are compiled, and the work on every shape is captured once as a CUDA graph and then replayed.
+    shape, are compiled, and the work on every shape is captured once as a CUDA graph and then replayed. The graphs share their memory,
+    so that several runs fit on one card; nothing but the gradients and a copy of the loss outlives a replay.
     """
 
     def __init__(self, model: StatexForCausalLM, compiled_shape: tuple[int, int]) -> None:
         self.model, self.compiled_shape = model, compiled_shape
         self.graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
     def __call__(self, ids: Tensor, labels: Tensor) -> Tensor:
         if not ids.is_cuda:
@@ -224,7 +246,7 @@ class Backward:
         static_ids.copy_(ids)
         static_labels.copy_(labels)
         graph.replay()
-        return loss
+        return loss.clone()
 
     def _run(self, ids: Tensor, labels: Tensor) -> Tensor:
         predicted = logits(self.model, ids)[:, :-1].flatten(0, 1).float()
@@ -241,7 +263,7 @@ class Backward:
                 self._run(ids, labels)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.pool):
             loss = self._run(ids, labels)
         for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
             assert parameter.grad is not None
@@ -268,6 +290,7 @@ def train(args: argparse.Namespace, preset: Preset) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     description = describe(preset, args.state, args.lift)
     model = StatexForCausalLM.from_description(description, seed=args.seed).to(device).train()
+    model.set_backend(args.backend)
     if device.type == "cuda":
         for layer in model.model.layers:
             layer.compile(dynamic=False)
@@ -279,7 +302,8 @@ def train(args: argparse.Namespace, preset: Preset) -> None:
     mixture = Mixture(preset, args.data, device, args.seed)
     test = torch.from_numpy(read_bytes(args.test)).to(device).long() + BYTE_OFFSET
     optimizer = make_optimizer(model, preset.learning_rate)
-    backward, draws = Backward(model, (preset.text_rows, preset.window)), np.random.default_rng([args.seed, 2])
+    compiled_rows = preset.text_rows * (2 if preset.joined else 1)
+    backward, draws = Backward(model, (compiled_rows, preset.window)), np.random.default_rng([args.seed, 2])
     counts = [n for n in PAIRS if n <= preset.max_pairs]
     args.out.mkdir(parents=True, exist_ok=True)
     machine = f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}"
@@ -291,18 +315,16 @@ def train(args: argparse.Namespace, preset: Preset) -> None:
             # Few pairs early: the recall circuit forms on short rows and is then stretched.
             reach = counts[: max(3, math.ceil(len(counts) * min(1.0, step / (0.3 * preset.steps))))]
             num_pairs = int(draws.choice(reach))
-            ids = mixture.text()
-            text_loss = backward(ids, ids)
-            rows, answers = mixture.mqar(num_pairs, preset.mqar_tokens // (4 * num_pairs))
-            mqar_loss = backward(rows, answers)
+            batches = [mixture.joined(num_pairs)] if preset.joined else mixture.apart(num_pairs)
+            losses = [backward(*batch) for batch in batches]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)  # graphs write into these very tensors
-            tokens += ids.numel() + rows.numel()
+            tokens += sum(ids.numel() for ids, _ in batches)
             last = step == preset.steps - 1
             if step % args.log_every == 0 or last:
                 record = {"step": step, "tokens": tokens, "seconds": round(time.monotonic() - began, 1), "device": machine}
-                record |= {"text_bits": text_loss.item() / math.log(2), "num_pairs": num_pairs, "mqar_nats": mqar_loss.item()}
+                record |= {"num_pairs": num_pairs, "losses": [round(loss.item(), 4) for loss in losses]}
                 if last or (step and step % args.eval_every == 0):
                     record |= evaluate(model, mixture, test if last else test[:INTERIM_BYTES])
                 curve.append(record)
@@ -334,14 +356,16 @@ def main() -> None:
     parser.add_argument("--test", type=Path, required=True, help="held-out books, likewise")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--state", type=int, default=1, help="multiply the key dimension")
+    parser.add_argument("--backend", default="chunked", help="kernels: the chunked ones compile into the few launches that small models need")
     parser.add_argument("--lift", type=int, default=1, help="lift keys and queries")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--eval-every", type=int, default=1000)
-    for field in ("hidden_size", "num_layers", "heads", "key_dim", "text_rows", "mqar_tokens", "max_pairs", "window"):
+    for field in ("hidden_size", "num_layers", "heads", "key_dim", "text_rows", "mqar_tokens", "max_pairs", "window", "intermediate_size"):
         parser.add_argument(f"--{field.replace('_', '-')}", type=int)
-    parser.add_argument("--learning-rate", type=float)
+    for field in ("expand_v", "learning_rate"):
+        parser.add_argument(f"--{field.replace('_', '-')}", type=float)
     args = parser.parse_args()
     preset = PRESETS[args.preset]
     changed = {name: value for name in Preset.__dataclass_fields__ if (value := getattr(args, name, None)) is not None}

@@ -61,9 +61,12 @@ def inspect(checkpoint: Source, as_json: Annotated[bool, typer.Option("--json", 
 def expand(
     checkpoint: Source,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; not needed with --dry-run.")] = None,
-    operator: Annotated[str | None, typer.Option(help="merge_heads, widen_state or lift_keys; default: the paper's.")] = None,
+    operator: Annotated[str | None, typer.Option(help="One that `statex inspect` lists; default: the paper's.")] = None,
     factor: Annotated[int | None, typer.Option(help="How many times larger the state of a layer becomes.")] = None,
-    layers: Annotated[str | None, typer.Option(help="all, every:6, or a list such as 0,6,12; default: the paper's.")] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="all, every:6, a list such as 0,6,12, or auto (measured as by `statex diagnose`); default: the paper's."),
+    ] = None,
     init: Annotated[str | None, typer.Option(help="preserve (same function), inherit or reinit.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random draw; default: 0, or the plan's.")] = None,
     option: Annotated[
@@ -82,7 +85,7 @@ def expand(
         out,
         operator=operator,
         factor=factor,
-        layers=layers,
+        layers=statex.auto_layers(checkpoint) if layers == "auto" and plan is None else layers,
         init=init,
         seed=seed,
         options=key_values(option),
@@ -137,37 +140,51 @@ def finetune(
 @app.command("eval")
 def evaluate(
     checkpoint: Source,
-    tasks: Annotated[str | None, typer.Option(help="Comma-separated: mqar, passkey, niah, perplexity; default: all.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated; default: mqar, passkey, niah, perplexity.")] = None,
+    suite: Annotated[str | None, typer.Option(help="Comma-separated: recall, reading, icl, quality, tracking.")] = None,
+    lm_eval: Annotated[str | None, typer.Option("--lm-eval", help="Tasks of lm-evaluation-harness, or task files (.yaml).")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for JSON and plots.")] = None,
     lengths: Annotated[str | None, typer.Option(help="Context lengths in tokens, such as 512,1024.")] = None,
     depths: Annotated[str | None, typer.Option(help="Needle depths between 0 and 1, such as 0,0.5,1.")] = None,
-    num_pairs: Annotated[str | None, typer.Option(help="Key-value pairs of MQAR, such as 4,16,64.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Samples a cell.")] = None,
+    num_pairs: Annotated[str | None, typer.Option(help="Key-value pairs of MQAR, items of a list, such as 4,16,64.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Samples a cell; default: 50, and all for --lm-eval.")] = None,
+    shots: Annotated[str | None, typer.Option(help="Examples in a prompt, such as 0,2,8.")] = None,
+    needles: Annotated[int | None, typer.Option(help="Needles in a text with several; default: 4.")] = None,
     data: Data = None,
+    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Folder of question sets: SQuAD, NQ, Factbook ...")] = None,
     tokenizer: Tokenizer = None,
     seed: Annotated[int, typer.Option(help="Seed of every sample.")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="Rows a batch; default: by length.")] = None,
     device: Device = None,
     dtype: DType = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run into --out stopped.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Measure recall and language modelling; print a table, write JSON and pictures."""
     result = statex.evaluate(
         checkpoint,
         None if tasks is None else tasks.split(","),
+        suites=None if suite is None else suite.split(","),
+        lm_eval=None if lm_eval is None else lm_eval.split(","),
         out=out,
         lengths=numbers(lengths, int, "--lengths"),
         depths=numbers(depths, float, "--depths"),
         num_pairs=numbers(num_pairs, int, "--num-pairs"),
         samples=samples,
+        shots=numbers(shots, int, "--shots"),
+        needles=needles,
         data=data,
+        data_dir=data_dir,
         tokenizer=tokenizer,
         seed=seed,
         batch_size=batch_size,
         device=device,
         dtype=dtype,
+        resume=resume,
     )
     show(result.to_dict() if as_json else result.table())
+    for name, reason in result.settings["left_out"].items() if not as_json else ():
+        say(f"left out: {name}: {reason}")
     if out is not None and not as_json:
         say(f"Wrote {out}")
 
@@ -182,6 +199,74 @@ def compare(
     show(comparison.table())
     if out is not None:
         say(f"Wrote {out}")
+
+
+@app.command()
+def diagnose(
+    checkpoint: Source,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for JSON, plan, plots and report.")] = None,
+    probe: Annotated[str | None, typer.Option(help="mqar or copy; default: MQAR where the model can do it, else copy.")] = None,
+    window: Annotated[int, typer.Option(help="A cut layer sees this many to twice as many tokens back.")] = 16,
+    samples: Annotated[int, typer.Option(help="Rows of the probe.")] = 32,
+    heads: Annotated[
+        bool, typer.Option("--heads/--no-heads", help="Cut each head, too, of layers that lose recall when cut.")
+    ] = True,
+    states: Annotated[bool, typer.Option("--states/--no-states", help="Look at the states on real text.")] = True,
+    data: Data = None,
+    operator: Annotated[str | None, typer.Option(help="Of the plan for the layers that would gain; default: the paper's.")] = None,
+    factor: Annotated[int | None, typer.Option(help="Of that plan.")] = None,
+    tokenizer: Tokenizer = None,
+    seed: Annotated[int, typer.Option(help="Seed of every sample.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a batch; default: by length.")] = None,
+    device: Device = None,
+    dtype: DType = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """Find where a checkpoint keeps what it recalls, and which layers would gain from a larger state."""
+    found = statex.diagnose(
+        checkpoint,
+        out=out,
+        probe=probe,
+        window=window,
+        samples=samples,
+        heads=heads,
+        states=states,
+        data=data,
+        operator=operator,
+        factor=factor,
+        tokenizer=tokenizer,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+    )
+    show(found.to_dict() if as_json else found.table())
+    if out is not None and not as_json:
+        plan = f". Next: statex expand {checkpoint} --plan {out / 'plan.yaml'} -o EXPANDED" if found.plan else ""
+        say(f"Wrote {out}{plan}")
+
+
+@app.command()
+def report(
+    sources: Annotated[
+        list[Path], typer.Argument(help="Folders or JSON files that `statex eval -o` or `statex diagnose -o` wrote.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for report.html, report.md, report.json and plots.")
+    ] = None,
+    card: Annotated[Path | None, typer.Option(help="Checkpoint folder: write the evaluation's tables into its model card.")] = None,
+) -> None:
+    """Write one self-contained report of evaluations and diagnoses, or put an evaluation into a model card."""
+    from statex.evals.reports import add_to_card
+
+    if out is None and card is None:
+        raise StatexError("there is nowhere to write", where="report", fix="Give -o FOLDER, --card CHECKPOINT, or both")
+    if card is not None and len(sources) != 1:
+        raise StatexError("a model card takes one evaluation", where="--card", fix="Give the folder of the checkpoint's evaluation")
+    if out is not None:
+        say(f"Wrote {statex.report(sources, out)[0]}")
+    if card is not None:
+        say(f"Wrote {add_to_card(sources[0], card)}")
 
 
 @app.command()
@@ -375,7 +460,8 @@ def main() -> None:
 def message(error: BaseException) -> tuple[str, int]:
     """What to tell about an error, and the exit code."""
     if isinstance(error, Interrupted):
-        return "interrupted. What was complete is kept, nothing is left half-written", 128 + error.number
+        notes = "".join(f". {note}" for note in getattr(error, "__notes__", ()))
+        return f"interrupted. What was complete is kept, nothing is left half-written{notes}", 128 + error.number
     if isinstance(error, StatexError):
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

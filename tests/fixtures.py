@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from statex.checkpoints.dialects import DIALECTS
+from statex.checkpoints.dialects import dialect_of
 from statex.families import ModelDescription, get_family
 
 GLA_CONFIG: dict[str, Any] = {
@@ -40,6 +40,114 @@ GLA_CONFIG: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+DELTA_NET_CONFIG: dict[str, Any] = {
+    "model_type": "delta_net",
+    "architectures": ["DeltaNetForCausalLM"],
+    "hidden_size": 32,
+    "expand_k": 1.0,
+    "expand_v": 1.0,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_heads": 4,
+    "use_gate": False,
+    "use_beta": True,
+    "use_short_conv": True,
+    "conv_size": 4,
+    "allow_neg_eigval": False,
+    "qk_norm": "l2",
+    "qk_activation": "silu",
+    "hidden_act": "swish",
+    "norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "vocab_size": 48,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+GATED_DELTANET_CONFIG: dict[str, Any] = {
+    "model_type": "gated_deltanet",
+    "architectures": ["GatedDeltaNetForCausalLM"],
+    "hidden_size": 32,
+    "head_dim": 8,
+    "expand_v": 1.5,
+    "num_heads": 4,
+    "num_v_heads": None,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "use_gate": True,
+    "output_gate_activation": "swish",
+    "use_short_conv": True,
+    "conv_size": 4,
+    "allow_neg_eigval": False,
+    "hidden_act": "swish",
+    "norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "vocab_size": 48,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+HGRN_CONFIG: dict[str, Any] = {
+    "model_type": "hgrn",
+    "architectures": ["HGRNForCausalLM"],
+    "attn_mode": "fused_recurrent",
+    "hidden_size": 32,
+    "expand_ratio": 1,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "use_short_conv": False,
+    "conv_size": 4,
+    "use_lower_bound": True,
+    "hidden_act": "swish",
+    "elementwise_affine": True,
+    "norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "vocab_size": 48,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+HGRN2_CONFIG: dict[str, Any] = HGRN_CONFIG | {
+    "model_type": "hgrn2",
+    "architectures": ["HGRN2ForCausalLM"],
+    "attn_mode": "chunk",
+    "expand_ratio": 8,
+    "num_heads": 4,
+}
+
+MAMBA_CONFIG: dict[str, Any] = {
+    "model_type": "mamba",
+    "architectures": ["MambaForCausalLM"],
+    "hidden_size": 32,
+    "expand": 2,
+    "intermediate_size": 64,
+    "state_size": 8,
+    "time_step_rank": 3,
+    "num_hidden_layers": 3,
+    "conv_kernel": 4,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "layer_norm_epsilon": 1e-5,
+    "residual_in_fp32": True,
+    "tie_word_embeddings": False,
+    "vocab_size": 48,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+
+MAMBA1_SSM_CONFIG: dict[str, Any] = {
+    "d_model": 32,
+    "n_layer": 3,
+    "vocab_size": 43,
+    "ssm_cfg": {},
+    "rms_norm": True,
+    "residual_in_fp32": True,
+    "fused_add_norm": True,
+    "pad_vocab_size_multiple": 16,
+}
+"""As released: sizes that are mamba_ssm's defaults go without saying."""
 
 MAMBA2_CONFIG: dict[str, Any] = {
     "model_type": "mamba2",
@@ -83,22 +191,56 @@ def write_gla(
     path: str | Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, conv_bias: bool = False, **overrides: Any
 ) -> Path:
     """fla's `gla`; config keys by name. Conv biases have no key: fla's layer takes them, and its config cannot say so."""
-    config = GLA_CONFIG | overrides
+    return _write_fla(Path(path), GLA_CONFIG | overrides, dtype, seed, conv_bias)
 
-    def describe(config: Mapping[str, Any]) -> ModelDescription:
-        model = get_family("gla").describe(config, {})
-        model.mixer["conv_bias"] = conv_bias
-        return model
 
-    native = _random_tensors("fla", describe(config), config, dtype, seed)
-    return _write_safetensors(Path(path), config, native)
+def write_delta_net(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, conv_bias: bool = False, **overrides: Any
+) -> Path:
+    """fla's `delta_net`; config keys by name. Conv biases as in `write_gla`."""
+    return _write_fla(Path(path), DELTA_NET_CONFIG | overrides, dtype, seed, conv_bias)
+
+
+def write_gated_deltanet(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, conv_bias: bool = False, **overrides: Any
+) -> Path:
+    """fla's `gated_deltanet`; config keys by name. Conv biases as in `write_gla`."""
+    return _write_fla(Path(path), GATED_DELTANET_CONFIG | overrides, dtype, seed, conv_bias)
+
+
+def write_hgrn(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, conv_bias: bool = False, **overrides: Any
+) -> Path:
+    """fla's `hgrn`; config keys by name. Conv biases as in `write_gla`."""
+    return _write_fla(Path(path), HGRN_CONFIG | overrides, dtype, seed, conv_bias)
+
+
+def write_hgrn2(
+    path: str | Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, conv_bias: bool = False, **overrides: Any
+) -> Path:
+    """fla's `hgrn2`; config keys by name. Conv biases as in `write_gla`."""
+    return _write_fla(Path(path), HGRN2_CONFIG | overrides, dtype, seed, conv_bias)
+
+
+def _write_fla(folder: Path, config: Mapping[str, Any], dtype: torch.dtype, seed: int, conv_bias: bool) -> Path:
+    model = get_family(config["model_type"]).describe(config, {})
+    model.mixer["conv_bias"] = conv_bias
+    return _write_safetensors(folder, config, _random_tensors("fla", model, config, dtype, seed))
 
 
 def write_mamba2(path: str | Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Path:
     """transformers' `mamba2`; config keys by name."""
-    config = MAMBA2_CONFIG | overrides
-    native = _random_tensors("transformers", get_family("mamba2").describe(config, {}), config, dtype, seed)
-    return _write_safetensors(Path(path), config, native)
+    return _write_mamba(Path(path), MAMBA2_CONFIG | overrides, dtype, seed)
+
+
+def write_mamba(path: str | Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Path:
+    """transformers' `mamba`; config keys by name."""
+    return _write_mamba(Path(path), MAMBA_CONFIG | overrides, dtype, seed)
+
+
+def _write_mamba(folder: Path, config: Mapping[str, Any], dtype: torch.dtype, seed: int) -> Path:
+    native = _random_tensors("transformers", get_family(config["model_type"]).describe(config, {}), config, dtype, seed)
+    return _write_safetensors(folder, config, native)
 
 
 def write_mamba_ssm(
@@ -110,12 +252,29 @@ def write_mamba_ssm(
     **overrides: Any,
 ) -> Path:
     """state-spaces' Mamba-2 as `pytorch_model.bin`, a tied head sharing the embedding's storage; `ssm_cfg` adds keys."""
-    config = MAMBA_SSM_CONFIG | overrides
-    config["ssm_cfg"] = config["ssm_cfg"] | dict(ssm_cfg or {})
-    family_config = DIALECTS["mamba_ssm"].to_family(config)
-    native = _random_tensors("mamba_ssm", get_family("mamba2").describe(family_config, {}), config, dtype, seed)
+    return _write_state_spaces(Path(path), "mamba2", MAMBA_SSM_CONFIG | overrides, ssm_cfg or {}, dtype, seed)
+
+
+def write_mamba1_ssm(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    ssm_cfg: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> Path:
+    """state-spaces' Mamba, as `write_mamba_ssm`."""
+    return _write_state_spaces(Path(path), "mamba", MAMBA1_SSM_CONFIG | overrides, ssm_cfg or {}, dtype, seed)
+
+
+def _write_state_spaces(
+    folder: Path, family: str, config: dict[str, Any], ssm_cfg: Mapping[str, Any], dtype: torch.dtype, seed: int
+) -> Path:
+    config["ssm_cfg"] = config["ssm_cfg"] | dict(ssm_cfg)
+    model = get_family(family).describe(dialect_of("mamba_ssm", family).to_family(config), {})
+    native = _random_tensors("mamba_ssm", model, config, dtype, seed)
     native.setdefault("lm_head.weight", native["backbone.embedding.weight"])
-    folder = _write_config(Path(path), config)
+    _write_config(folder, config)
     torch.save(native, folder / "pytorch_model.bin")
     return folder
 
@@ -126,7 +285,9 @@ def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator)
         return 0.7 + 0.6 * torch.rand(shape, generator=generator)
     if name.endswith("A_log"):
         return torch.log(1 + 3 * torch.rand(shape, generator=generator))
-    if name.endswith("dt_bias"):
+    if name.endswith("lower_bounds"):
+        return 2 * torch.randn(shape, generator=generator)
+    if name.endswith(("dt_bias", "dt_proj.bias")):
         return -3 + 2 * torch.rand(shape, generator=generator)
     if name.endswith(("gk_proj.1.bias", "mixer.D")):
         return 0.5 + torch.rand(shape, generator=generator)
@@ -140,7 +301,7 @@ def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator)
 def _random_tensors(
     dialect_name: str, model: ModelDescription, config: Mapping[str, Any], dtype: torch.dtype, seed: int
 ) -> dict[str, Tensor]:
-    dialect, generator = DIALECTS[dialect_name], torch.Generator().manual_seed(seed)
+    dialect, generator = dialect_of(dialect_name, model.family), torch.Generator().manual_seed(seed)
     variants = dialect.default_variants(config)
     native = {}
     for name, (shape, _role) in get_family(model.family).tensors(model).items():
@@ -162,5 +323,15 @@ def _write_safetensors(folder: Path, config: Mapping[str, Any], tensors: Mapping
     return folder
 
 
-WRITERS: dict[str, Callable[..., Path]] = {"fla": write_gla, "transformers": write_mamba2, "mamba_ssm": write_mamba_ssm}
-"""One writer per dialect, for tests that run over all of them."""
+WRITERS: dict[str, Callable[..., Path]] = {
+    "gla (fla)": write_gla,
+    "delta_net (fla)": write_delta_net,
+    "gated_deltanet (fla)": write_gated_deltanet,
+    "mamba2 (transformers)": write_mamba2,
+    "mamba2 (mamba_ssm)": write_mamba_ssm,
+    "hgrn (fla)": write_hgrn,
+    "hgrn2 (fla)": write_hgrn2,
+    "mamba (transformers)": write_mamba,
+    "mamba (mamba_ssm)": write_mamba1_ssm,
+}
+"""One writer per family and dialect, for tests that run over all of them."""

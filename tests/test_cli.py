@@ -139,6 +139,8 @@ def test_version_and_short_help_are_answered(run: Run) -> None:
         ["expand", "gla", "-o", "out"],
         ["verify", "gla", "expanded", "--max-tokens=8"],
         ["eval", str(QUICKSTART), *TINY],
+        ["eval", str(QUICKSTART), "--suite=icl", "--shots=0,1", "--samples=1"],
+        ["diagnose", str(QUICKSTART), "--probe=mqar", "--samples=2", "--no-heads", "--no-states"],
     ],
 )
 def test_json_output_can_be_parsed(arguments: list[str], run: Run, place: Path) -> None:
@@ -158,6 +160,20 @@ def test_verify_exits_with_1_when_the_function_changed(run: Run, place: Path) ->
     outcome = run("verify", "gla", "expanded", "--max-tokens", "8")
     assert outcome.code == 1
     assert "FAILED" in outcome.out
+
+
+def test_auto_expands_the_layers_that_a_diagnosis_names(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statex, "auto_layers", lambda checkpoint: [1] if checkpoint == "gla" else [], raising=False)
+    outcome = run("expand", "gla", "--operator", "lift_keys", "--factor", "2", "--layers", "auto", "--dry-run", "--json")
+    assert [row["layer"] for row in json.loads(outcome.out)["layers"]] == [1]
+
+
+def test_an_evaluation_becomes_a_report_and_a_section_of_the_card(run: Run, place: Path) -> None:
+    shutil.copytree(QUICKSTART, "ckpt")
+    assert run("eval", "ckpt", *TINY, "-o", "result").code == 0
+    outcome = run("report", "result", "-o", "report", "--card", "ckpt")
+    assert (outcome.code, outcome.out) == (0, "Wrote report/report.html\nWrote ckpt/README.md\n")
+    assert "## Results" in Path("ckpt/README.md").read_text(encoding="utf-8")
 
 
 def test_names_with_brackets_are_printed_as_they_are(run: Run, place: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from ..errors import CheckpointError
@@ -16,8 +17,9 @@ from . import mamba_ssm
 
 _TIED = "lm_head"
 
-GLA_NAMES = (
+FLA_NAMES = (
     ("model.embeddings.", "model.embeddings."),
+    ("model.lower_bounds", "model.lower_bounds"),
     ("model.layers.{i}.mixer_norm.", "model.layers.{i}.attn_norm."),
     ("model.layers.{i}.mixer.", "model.layers.{i}.attn."),
     ("model.layers.{i}.mlp_norm.", "model.layers.{i}.mlp_norm."),
@@ -26,7 +28,7 @@ GLA_NAMES = (
     ("lm_head.", "lm_head."),
 )
 
-MAMBA2_NAMES = (
+MAMBA_NAMES = (
     ("model.embeddings.", "backbone.embeddings."),
     ("model.layers.{i}.mixer_norm.", "backbone.layers.{i}.norm."),
     ("model.layers.{i}.mixer.", "backbone.layers.{i}.mixer."),
@@ -49,9 +51,17 @@ def _no_choice(config: Mapping[str, Any]) -> dict[str, bool]:
     return {}
 
 
-def _is_flas_mamba2(config: Mapping[str, Any]) -> bool:
-    """fla writes mamba2 under the same model type with keys and defaults of its own; it always names its time steps."""
+def _is_of_type(model_type: str, config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") == model_type
+
+
+def _is_flas_mamba(config: Mapping[str, Any]) -> bool:
+    """fla writes mamba and mamba2 under the same model types with keys and defaults of its own; it always names its time steps."""
     return "dt_min" in config and "time_step_min" not in config
+
+
+def _is_transformers_mamba(model_type: str, config: Mapping[str, Any]) -> bool:
+    return _is_of_type(model_type, config) and not _is_flas_mamba(config)
 
 
 def _gla_norm_name(config: Mapping[str, Any]) -> dict[str, bool]:
@@ -119,60 +129,73 @@ def _translate(name: str, rows: list[tuple[str, str]]) -> str | None:
     return target.replace("{i}", match.groupdict().get("i") or "") + name[match.end() :]
 
 
-DIALECTS: dict[str, Dialect] = {
-    dialect.name: dialect
-    for dialect in (
-        Dialect(
-            name="fla",
-            family="gla",
-            matches=lambda config: config.get("model_type") == "gla",
-            names=GLA_NAMES,
-            variants={"g_norm_swish_gate": ("model.layers.{i}.mixer.g_norm.", "model.layers.{i}.attn.g_norm_swish_gate.")},
-            default_variants=_gla_norm_name,
-        ),
+DIALECTS: tuple[Dialect, ...] = (
+    Dialect(
+        name="fla",
+        family="gla",
+        matches=lambda config: config.get("model_type") == "gla",
+        names=FLA_NAMES,
+        variants={"g_norm_swish_gate": ("model.layers.{i}.mixer.g_norm.", "model.layers.{i}.attn.g_norm_swish_gate.")},
+        default_variants=_gla_norm_name,
+    ),
+    *(
+        Dialect(name="fla", family=family, matches=partial(_is_of_type, family), names=FLA_NAMES, variants={})
+        for family in ("delta_net", "gated_deltanet", "hgrn", "hgrn2")
+    ),
+    *(
         Dialect(
             name="transformers",
-            family="mamba2",
-            matches=lambda config: config.get("model_type") == "mamba2" and not _is_flas_mamba2(config),
-            names=MAMBA2_NAMES,
+            family=family,
+            matches=partial(_is_transformers_mamba, family),
+            names=MAMBA_NAMES,
             # transformers reads this older spelling too.
             variants={"embedding": _STATE_SPACES_EMBEDDING},
-        ),
+        )
+        for family in ("mamba2", "mamba")
+    ),
+    *(
         Dialect(
             name="mamba_ssm",
-            family="mamba2",
-            matches=mamba_ssm.matches,
-            names=(_STATE_SPACES_EMBEDDING, *MAMBA2_NAMES[1:]),
+            family=family,
+            matches=partial(mamba_ssm.matches, family),
+            names=(_STATE_SPACES_EMBEDDING, *MAMBA_NAMES[1:]),
             variants={},
-            to_family=mamba_ssm.to_family,
-            from_family=mamba_ssm.from_family,
+            to_family=partial(mamba_ssm.to_family, family),
+            from_family=partial(mamba_ssm.from_family, family),
             weights="bin",
-        ),
-    )
-}
+        )
+        for family in ("mamba2", "mamba")
+    ),
+)
+"""All of them; a family's first is where its models go that never were native checkpoints."""
 
 
 def find_dialect(config: Mapping[str, Any], where: str) -> Dialect:
     """The dialect of a native config.json. Raises `CheckpointError` when there is none."""
-    for dialect in DIALECTS.values():
+    for dialect in DIALECTS:
         if dialect.matches(config):
             return dialect
-    if "ssm_cfg" in config:
-        layer = config["ssm_cfg"].get("layer", "Mamba1") if isinstance(config["ssm_cfg"], dict) else "Mamba1"
+    if "ssm_cfg" in config and "model_type" not in config:
+        layer = config["ssm_cfg"].get("layer") if isinstance(config["ssm_cfg"], dict) else config["ssm_cfg"]
         what = f"the state-spaces layer {layer!r} is not supported"
-    elif config.get("model_type") == "mamba2":
-        what = "fla's own mamba2 config (dt_min, norm_eps) is not supported"
+    elif config.get("model_type") in ("mamba", "mamba2"):
+        what = f"fla's own {config['model_type']} config (dt_min, norm_eps) is not supported"
     elif config.get("model_type") is None:
         what = "config.json names no model_type and no ssm_cfg"
     else:
         what = f"the model type {config['model_type']!r} is not supported"
-    supported = "gla (fla), mamba2 (transformers) and state-spaces' Mamba2 (ssm_cfg)"
+    supported = ", ".join(f"{dialect.family} ({dialect.name})" for dialect in DIALECTS)
     raise CheckpointError(what, where=where, fix=f"Supported are {supported}")
 
 
 def dialect_of(name: str, family: str) -> Dialect:
     """The dialect `name`, which must be one of `family`. Raises `CheckpointError` otherwise."""
-    known = [dialect.name for dialect in DIALECTS.values() if dialect.family == family]
+    known = {dialect.name: dialect for dialect in DIALECTS if dialect.family == family}
     if name not in known:
         raise CheckpointError(f"{family} has no dialect {name!r}", fix=f"Choose one of: {', '.join(known)}")
-    return DIALECTS[name]
+    return known[name]
+
+
+def default_dialect(family: str) -> Dialect:
+    """The dialect of a model that never was a native checkpoint."""
+    return next(dialect for dialect in DIALECTS if dialect.family == family)

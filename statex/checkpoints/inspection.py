@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..families import FAMILIES
 from ..families.description import LayerDescription
 from .reader import Checkpoint, open_checkpoint
 from .tensor_info import SIZES
@@ -37,8 +39,10 @@ class LayerRow:
         layer = self.description
         heads, key_dim, value_dim = layer.state_shape
         notes = [f"{layer.query_heads} queries"] if layer.query_heads > heads else []
+        notes += ["and its diagonal"] if layer.outer == "added" else []
         notes += [f"mixes {layer.blocks} blocks"] if layer.mixing else []
         notes += [f"lifted ×{layer.lift}"] if layer.lift > 1 else []
+        notes += [f"eigenvalues below 0 {layer.spectrum}"] if layer.spectrum else []
         return f"{heads} × [{key_dim}, {value_dim}]" + (f" ({', '.join(notes)})" if notes else "")
 
 
@@ -61,7 +65,7 @@ class Inspection:
         parameters: numbers of weights, tied ones once. weight_bytes: as stored. dtypes: number of tensors by dtype.
         state_elements, state_bytes: memory of one sequence in all layers, convolution inputs included: recurrent states in fp32,
             convolution inputs in the weights' dtype.
-        rows: one per layer. operators: all that the family can take.
+        rows: one per layer. operators: all that there are.
     """
 
     path: str
@@ -138,7 +142,7 @@ def inspect_checkpoint(path_or_hub_id: str | Path, revision: str | None = None) 
             state_elements=sum(row.state_elements + row.conv_elements for row in rows),
             state_bytes=sum(row.state_bytes for row in rows),
             rows=rows,
-            operators=tuple(OperatorNote(name, *_NOTES[name](checkpoint)) for name in checkpoint.family.operators),
+            operators=tuple(OperatorNote(name, *_note(name, checkpoint)) for name in _NOTES),
         )
 
 
@@ -162,6 +166,22 @@ def _is_kernel(checkpoint: Checkpoint, spec: Any, prefix: str) -> bool:
     return spec.role == "conv" and prefix + spec.name in checkpoint.tensors
 
 
+def _note(operator: str, checkpoint: Checkpoint) -> tuple[bool, str]:
+    """Whether an operator applies, and why."""
+    if operator in checkpoint.family.operators:
+        return _NOTES[operator](checkpoint)
+    takers = [family.name for family in FAMILIES.values() if operator in family.operators]
+    return False, f"{_ACTS_ON[operator]}, which {checkpoint.family.name} lacks; for {_or(sorted(takers))}"
+
+
+def _outer_note(checkpoint: Checkpoint) -> tuple[bool, str]:
+    channels = max((layer.value_heads for layer in checkpoint.description.layers if layer.outer is None), default=None)
+    if channels is None:
+        return False, "every state is a matrix already"
+    powers = [2**power for power in range(1, 8) if channels % 2**power == 0]
+    return True, f"any divisor n of {channels} channels{f' ({_or(powers)}, ...)' if powers else ''}: state ×n"
+
+
 def _merge_note(checkpoint: Checkpoint) -> tuple[bool, str]:
     layers = checkpoint.description.layers
     if max(layer.key_heads for layer in layers) == 1:
@@ -181,6 +201,8 @@ def _widen_note(checkpoint: Checkpoint) -> tuple[bool, str]:
 
 
 def _lift_note(checkpoint: Checkpoint) -> tuple[bool, str]:
+    if max(layer.key_dim for layer in checkpoint.description.layers) == 1:
+        return False, "the state is a vector, without keys: use outer_product first, or both in one plan"
     # From half the channels on, rolled products repeat: docs/surgery.md.
     room = max(((layer.key_dim - 1) // 2 + 1) // layer.lift for layer in checkpoint.description.layers)
     if room < 2:
@@ -188,15 +210,40 @@ def _lift_note(checkpoint: Checkpoint) -> tuple[bool, str]:
     return True, f"up to ×{room}"
 
 
+def _spectrum_note(checkpoint: Checkpoint) -> tuple[bool, str]:
+    if all(layer.spectrum for layer in checkpoint.description.layers):
+        return False, "eigenvalues reach below 0 already"
+    normalizer = checkpoint.description.mixer.get("gate_logit_normalizer", 1)
+    if normalizer > 1:
+        # a' = 2a - 1 is negative where sigmoid(logit)^(1/normalizer) < 1/2.
+        return True, (
+            f"eigenvalues from [0, 1] to [-1, 1]; warning: a decay here is the root of order {normalizer:g} of a gate, below 1/2"
+            f" only for logits under {-normalizer * math.log(2):.0f}: it would forget faster, and no parity is expected of it"
+        )
+    return True, "eigenvalues from [0, 1] to [-1, 1]; the state's size stays"
+
+
 _NOTES: dict[str, Callable[[Checkpoint], tuple[bool, str]]] = {
+    "outer_product": _outer_note,
     "merge_heads": _merge_note,
     "widen_state": _widen_note,
     "lift_keys": _lift_note,
+    "extend_spectrum": _spectrum_note,
 }
 
 
-def _or(numbers: list[int]) -> str:
-    return " or ".join(filter(None, [", ".join(map(str, numbers[:-1])), str(numbers[-1])]))
+_ACTS_ON = {
+    "outer_product": "it makes matrices of vector states",
+    "merge_heads": "it joins the keys of heads that have keys of their own",
+    "widen_state": "it adds rows to the B and C of a state space model",
+    "lift_keys": "it appends products of channels to keys",
+    "extend_spectrum": "it lets a matrix state's decays, or its steps, reach below 0",
+}
+"""What each operator works on."""
+
+
+def _or(choices: Sequence[int | str]) -> str:
+    return " or ".join(filter(None, [", ".join(map(str, choices[:-1])), str(choices[-1])]))
 
 
 def _alike(rows: tuple[LayerRow, ...]) -> list[list[LayerRow]]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ExportError
 from ..families.description import ModelDescription
 from .bin_writer import write_bin
-from .dialects import DIALECTS, Dialect, dialect_of
+from .dialects import Dialect, dialect_of
 from .reader import Checkpoint, open_checkpoint
 from .writer import CheckpointWriter, OutputFolder
 
@@ -47,7 +47,8 @@ def export_native(path: str | Path, out: str | Path, *, dialect: str | None = No
 
 def _config(checkpoint: Checkpoint, target: Dialect) -> dict[str, Any]:
     family, description = checkpoint.family, checkpoint.description
-    source = DIALECTS[checkpoint.dialect].to_family(checkpoint.source_config) if checkpoint.source_config else {}
+    origin = dialect_of(checkpoint.dialect, family.name)
+    source = origin.to_family(checkpoint.source_config) if checkpoint.source_config else {}
     if source and target.name == checkpoint.dialect:
         config = target.from_family(family.native_config(description, source), checkpoint.source_config)
     else:
@@ -113,7 +114,7 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _warnings(checkpoint: Checkpoint, target: Dialect, config: Mapping[str, Any]) -> list[str]:
-    notes = _RUNTIME_NOTES[target.name](checkpoint.description)
+    notes = _RUNTIME_NOTES[target.family](checkpoint.description)
     if "auto_map" in config:
         notes.append("config.json names modelling code (auto_map) that is not carried along: load without trust_remote_code")
     if checkpoint.dialect == "mamba_ssm" and target.name == "transformers":
@@ -142,4 +143,38 @@ def _mamba2_notes(model: ModelDescription) -> list[str]:
     return notes
 
 
-_RUNTIME_NOTES = {"fla": _gla_notes, "transformers": _mamba2_notes, "mamba_ssm": _mamba2_notes}
+def _delta_rule_notes(model: ModelDescription) -> list[str]:
+    key_dim = model.layers[0].key_dim
+    notes = []
+    if key_dim > 256:
+        notes.append(f"fla's chunked delta rule stops at keys of 256 channels, and this model has {key_dim}: statex runs it")
+    if model.mixer["conv_bias"]:
+        notes.append(
+            f"fla's {model.family} config cannot ask for the convolution biases that this model has: fla would leave them out"
+        )
+    return notes
+
+
+def _hgrn_notes(model: ModelDescription) -> list[str]:
+    if model.mixer["use_short_conv"] and model.mixer["conv_bias"]:
+        return [f"fla's {model.family} config cannot ask for the convolution biases that this model has: fla would leave them out"]
+    return []
+
+
+def _mamba_notes(model: ModelDescription) -> list[str]:
+    d_state = model.layers[0].key_dim
+    if d_state > 256:
+        return [f"mamba_ssm's CUDA scan takes a d_state of 256 at most, and this model has {d_state}"]
+    return []
+
+
+_RUNTIME_NOTES: dict[str, Callable[[ModelDescription], list[str]]] = {
+    "gla": _gla_notes,
+    "mamba2": _mamba2_notes,
+    "delta_net": _delta_rule_notes,
+    "gated_deltanet": _delta_rule_notes,
+    "hgrn": _hgrn_notes,
+    "hgrn2": _hgrn_notes,
+    "mamba": _mamba_notes,
+}
+"""What to know, by family, before a stock checkpoint is run."""

@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from ..families import get_family
 from ..families.base import Family
 from ..families.description import ModelDescription
-from .dialects import DIALECTS, dialect_of, find_dialect
+from .dialects import default_dialect, dialect_of, find_dialect
 from .hub import carried_files, locate
 from .tensor_info import TensorInfo
 from .weights import Weights, find_weights, read_json
@@ -91,7 +91,7 @@ class Checkpoint:
 
     def _describe_canonical(self) -> None:
         block = self._read_block()
-        self.dialect = dialect_of(block.get("dialect") or _default_dialect(self.family.name), self.family.name).name
+        self.dialect = dialect_of(block.get("dialect") or default_dialect(self.family.name).name, self.family.name).name
         self.source_config = block.get("source_config") or {}
         self.source_tensors = block.get("source_tensors") or {}
         self.provenance = block.get("provenance") or {}
@@ -148,7 +148,9 @@ class Checkpoint:
 
     def _name_for_user(self, name: str) -> str:
         """What the user's files call a canonical tensor, or would."""
-        return name if self.is_canonical else DIALECTS[self.dialect].to_native(name, self.source_tensors) or name
+        if self.is_canonical:
+            return name
+        return dialect_of(self.dialect, self.family.name).to_native(name, self.source_tensors) or name
 
     @property
     def is_expanded(self) -> bool:
@@ -216,7 +218,8 @@ def canonical_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     if checkpoint.is_canonical:
         return copy.deepcopy(checkpoint.config)
-    family_config = DIALECTS[checkpoint.dialect].to_family(copy.deepcopy(checkpoint.source_config))
+    dialect = dialect_of(checkpoint.dialect, checkpoint.family.name)
+    family_config = dialect.to_family(copy.deepcopy(checkpoint.source_config))
     # Code of the source's own modelling files does not belong to the statex model.
     family_config.pop("auto_map", None)
     return {
@@ -238,10 +241,6 @@ def _same_bytes(a: Tensor, b: Tensor) -> bool:
     import torch
 
     return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-
-
-def _default_dialect(family: str) -> str:
-    return next(dialect.name for dialect in DIALECTS.values() if dialect.family == family)
 
 
 def _refuse_quantised_config(config: Mapping[str, Any], path: Path) -> None:

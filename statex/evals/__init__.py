@@ -10,23 +10,41 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .comparison import Comparison, compare
+    from .diagnosis import Diagnosis, auto_layers, diagnose
     from .result import EvalResult, load_result
     from .runner import evaluate
-    from .tasks import TASKS
+    from .tasks import SUITES, TASKS
     from .verification import VerifyReport, verify
 
 _PLACES = {
     "Comparison": "comparison",
     "compare": "comparison",
+    "Diagnosis": "diagnosis",
+    "auto_layers": "diagnosis",
+    "diagnose": "diagnosis",
     "EvalResult": "result",
     "load_result": "result",
     "evaluate": "runner",
+    "SUITES": "tasks",
     "TASKS": "tasks",
     "VerifyReport": "verification",
     "verify": "verification",
 }
 
-__all__ = ["TASKS", "Comparison", "EvalResult", "VerifyReport", "compare", "evaluate", "load_result", "verify"]
+__all__ = [
+    "SUITES",
+    "TASKS",
+    "Comparison",
+    "Diagnosis",
+    "EvalResult",
+    "VerifyReport",
+    "auto_layers",
+    "compare",
+    "diagnose",
+    "evaluate",
+    "load_result",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

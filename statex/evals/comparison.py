@@ -1,18 +1,25 @@
-"""Several results side by side: table, figure, CSV and JSON, with paired differences where two read the same inputs."""
+"""Several results side by side: table, figures, CSV, JSON and report, with paired tests where two read the same inputs.
+
+Rows of one kind (the grid points of one task, for one checkpoint) are tested together: their p-values are corrected by Holm's
+method, so that a long table does not find differences by its length.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EvaluationError
-from .result import Cell, EvalResult, TaskResult, load_result, write_text, writing
-from .statistics import Difference, paired_difference
+from .capacity import CapacityRatio, capacity_ratios
+from .result import ACCURACY, Cell, EvalResult, TaskResult, load_result, write_text, writing
+from .statistics import Difference, holm, paired_difference
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -22,7 +29,8 @@ if TYPE_CHECKING:
 class Row:
     """One grid point of one task: a cell for each checkpoint that has it, and its difference from the first checkpoint's.
 
-    A difference is None for the first checkpoint and where the two did not read the same inputs.
+    Coordinates that `at` leaves out are pooled; a row without any pools all questions of the task. A difference is None for the
+    first checkpoint and where the two did not read the same inputs.
     """
 
     task: str
@@ -49,6 +57,20 @@ class Comparison:
         """(name, result) of each checkpoint that has the task."""
         return [(name, result.tasks[task]) for name, result in zip(self.names, self.results, strict=True) if task in result.tasks]
 
+    def summary(self, task: str) -> Row | None:
+        """The row that pools all questions of a task; there is none for bits per byte, whose windows of any length share text."""
+        return next((row for row in self.rows if row.task == task and not row.at), None)
+
+    @cached_property
+    def capacity_ratios(self) -> dict[str, dict[str, list[tuple[dict[str, float], CapacityRatio]]]]:
+        """By task and by checkpoint but the first: how many times more items it holds (`capacity.py`), where that can be told."""
+        found: dict[str, dict[str, list[tuple[dict[str, float], CapacityRatio]]]] = {}
+        for task in self.tasks:
+            first, *others = (result.tasks.get(task) for result in self.results)
+            ratios = [capacity_ratios(first, other) if first and other else [] for other in others]
+            found[task] = dict(zip(self.names[1:], ratios, strict=True))
+        return found
+
     def table(self) -> Group:
         """One rich table a task; print it with a rich console."""
         from .report import comparison_table
@@ -56,24 +78,30 @@ class Comparison:
         return comparison_table(self)
 
     def save(self, out: str | Path) -> list[Path]:
-        """Write `compare.json`, `compare.csv` and `compare_TASK.png` into folder `out` (made if absent); returns their paths."""
-        from .plots import line_plot, save
+        """Write `compare.json`, `compare.csv`, `report.html`, `report.md` and figures into folder `out`; returns their paths."""
+        from .reports import comparison_document, write_document
 
         with writing(out) as folder:
             json_file, csv_file = folder / "compare.json", folder / "compare.csv"
-            write_text(json_file, json.dumps(self._to_dict(), indent=1, ensure_ascii=False) + "\n")
+            write_text(json_file, json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
             write_text(csv_file, self._to_csv())
-            figures = [save(line_plot(self.series(task)), folder / f"compare_{task}.png") for task in self.tasks]
-            return [json_file, csv_file, *figures]
+            return [json_file, csv_file, *write_document(comparison_document(self), folder)]
 
-    def _to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
         rows = [
             {"task": row.task, "at": row.at, "values": [None if cell is None else _summary(cell) for cell in row.cells]}
-            | {"differences": [None if gain is None else asdict(gain) for gain in row.differences]}
+            | {"differences": [None if gain is None else finite(asdict(gain)) | {"shown": gain.shown} for gain in row.differences]}
             for row in self.rows
         ]
         checkpoints = [{"as": name, **result.checkpoint} for name, result in zip(self.names, self.results, strict=True)]
-        return {"checkpoints": checkpoints, "rows": rows}
+        ratios = [
+            {"task": task, "as": name, "at": at, **asdict(ratio)}
+            for task, by_name in self.capacity_ratios.items()
+            for name, found in by_name.items()
+            for at, ratio in found
+        ]
+        return {"checkpoints": checkpoints, "rows": rows, "capacity_ratios": ratios}
 
     def _to_csv(self) -> str:
         text = io.StringIO()
@@ -92,6 +120,8 @@ class Comparison:
                 "difference_low",
                 "difference_high",
                 "p",
+                "p_adjusted",
+                "test",
             ]
         )
         for row in self.rows:
@@ -99,7 +129,7 @@ class Comparison:
             for name, result, cell, gain in zip(self.names, self.results, row.cells, row.differences, strict=True):
                 if cell is not None:
                     values = [cell.n, cell.value, cell.low, cell.high]
-                    change = [None] * 4 if gain is None else [gain.value, gain.low, gain.high, gain.p]
+                    change = [None] * 6 if gain is None else [gain.value, gain.low, gain.high, gain.p, gain.adjusted, gain.test]
                     writer.writerow([row.task, result.tasks[row.task].metric, at, name, *values, *change])
         return text.getvalue()
 
@@ -111,7 +141,7 @@ def compare(
 
     Args:
         results: `results.json` files, the folders that hold them, or results; differences are from the first.
-        out: folder to write JSON, CSV and figures to; their paths are then in `.paths`.
+        out: folder to write JSON, CSV, report and figures to; their paths are then in `.paths`.
         names: what to call the checkpoints, instead of their own names.
 
     Raises:
@@ -142,11 +172,13 @@ def compare(
 def _rows(results: list[EvalResult]) -> Iterator[Row]:
     for name in dict.fromkeys(name for result in results for name in result.tasks):
         tasks = [result.tasks.get(name) for result in results]
+        rows = []
         for at in _points([task for task in tasks if task]):
             # A point without its last coordinate stands for all values of it.
             cells = [task.pooled(**at) if task and task.select(**at) else None for task in tasks]
             if sum(cell is not None for cell in cells) >= 2:
-                yield Row(name, at, cells, [None, *(_difference(cells[0], cell) for cell in cells[1:])])
+                rows.append(Row(name, at, cells, [None, *(_difference(cells[0], cell) for cell in cells[1:])]))
+        yield from _corrected(rows)
 
 
 def _points(tasks: Sequence[TaskResult]) -> Iterator[dict[str, float]]:
@@ -157,16 +189,40 @@ def _points(tasks: Sequence[TaskResult]) -> Iterator[dict[str, float]]:
             for second in sorted({cell.at[other] for task in tasks for cell in task.select(**{x: value})}):
                 yield {x: value, other: second}
         yield {x: value}
+    grids = {tuple(sorted(tuple(cell.at.items()) for cell in task.cells)) for task in tasks}
+    if tasks[0].metric == ACCURACY and len(grids) == 1 < len(tasks[0].cells):
+        yield {}
 
 
 def _difference(first: Cell | None, second: Cell | None) -> Difference | None:
     if first is None or second is None or first.inputs != second.inputs:
         return None
-    return paired_difference(first.outcomes, second.outcomes, first.weights)
+    return paired_difference(first.outcomes, second.outcomes, first.weights, proportions=first.correct is not None)
+
+
+def _corrected(rows: list[Row]) -> Iterator[Row]:
+    """Rows with p-values corrected for the number of rows of their kind (the same axes), each checkpoint for itself."""
+    kinds: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        kinds.setdefault(tuple(row.at), []).append(row)
+    adjusted: dict[tuple[int, int], float] = {}
+    for alike in kinds.values():
+        for column in range(len(alike[0].cells)):
+            tested = [(id(row), gain.p) for row in alike if (gain := row.differences[column]) is not None]
+            values = holm([p for _, p in tested]) if len(tested) > 1 else []
+            adjusted |= {(row, column): p for (row, _), p in zip(tested, values, strict=False)}
+    for row in rows:
+        gains = [gain and replace(gain, adjusted=adjusted.get((id(row), column))) for column, gain in enumerate(row.differences)]
+        yield replace(row, differences=gains)
 
 
 def _summary(cell: Cell) -> dict[str, Any]:
     return {"value": cell.value, "low": cell.low, "high": cell.high, "n": cell.n, "rows": cell.rows, **cell.extra}
+
+
+def finite(numbers: dict[str, Any]) -> dict[str, Any]:
+    """A bound that a single row does not give is infinite; JSON has no word for that but null."""
+    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in numbers.items()}
 
 
 def _distinct(names: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,15 @@ from .statistics import proportion, ratio
 if TYPE_CHECKING:
     from rich.console import Group
 
+    from .capacity import CapacityCurve
+
 SCHEMA_VERSION = 1
 RESULT_FILE = "results.json"
 
 ACCURACY = "accuracy"
 BITS_PER_BYTE = "bits per byte"
+ITEM_AXES = ("num_pairs", "num_items")
+"""Axes that count the items which a prompt stores: recall along them gives a capacity curve (capacity.py)."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,13 @@ class TaskResult:
         """Accuracy rises, bits per byte fall."""
         return self.metric == ACCURACY
 
+    @cached_property
+    def curves(self) -> list[CapacityCurve]:
+        """Recall by the number of stored items, fitted (capacity.py); none where the task does not count items."""
+        from .capacity import capacity_curves
+
+        return capacity_curves(self)
+
     def values(self, axis: str) -> list[float]:
         """The grid's coordinates along one axis, ascending."""
         return sorted({cell.at[axis] for cell in self.cells})
@@ -182,13 +194,13 @@ class EvalResult:
         return result_table(self)
 
     def save(self, out: str | Path) -> list[Path]:
-        """Write `results.json` and a PNG a task into folder `out` (made if absent); returns their paths, the JSON first."""
-        from .plots import save_plots
+        """Write `results.json`, figures, `report.html` and `report.md` into folder `out` (made if absent); returns their paths."""
+        from .reports import result_document, write_document
 
         with writing(out) as folder:
             target = folder / RESULT_FILE
             write_text(target, json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-            return [target, *save_plots(self, folder)]
+            return [target, *write_document(result_document(self), folder)]
 
 
 def load_result(path: str | Path) -> EvalResult:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -15,12 +15,22 @@ from torch import nn
 from ..checkpoints import open_checkpoint
 from ..errors import EvaluationError
 from ..models.named import load_tokenizer, parse_dtype, pick_device
+from .branching import score_stems, score_tails
+from .generation import generate
+from .stems import Advance, RowScore, Stem
 from .text import Encoder
+
+if TYPE_CHECKING:
+    from ..models.cache import StatexCache
 
 CPU_BATCH_TOKENS, BATCH_TOKENS = 4_096, 65_536
 """Tokens of a forward pass when no batch size is given. A CPU is fastest when activations stay in its caches."""
 LOGIT_ELEMENTS = 2**28
 """Logits of a forward pass at most (1 GiB in fp32); the batch shrinks to fit, down to one row."""
+STATE_BYTES = 2**32
+"""Recurrent states of a forward pass at most."""
+PIECE = 64
+"""Long sequences are read in multiples of so many tokens, the chunk of the kernels."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ class Subject:
     """A causal language model with its tokenizer.
 
     The model is called as `model(input_ids=[B, T], attention_mask=None, logits_to_keep=n, use_cache=False)` and returns `.logits`
-    `[B, n, vocabulary]`.
+    `[B, n, vocabulary]`. The project's own models are also called with a cache, which lets rows share what they begin with.
     """
 
     def __init__(
@@ -61,7 +71,13 @@ class Subject:
         first = next(model.parameters(), None)
         self.device = first.device if first is not None else torch.device(device or "cpu")
         self.dtype = first.dtype if first is not None else torch.float32
-        self._vocabulary = int(getattr(getattr(model, "config", None), "vocab_size", None) or len(tokenizer))
+        config = getattr(model, "config", None)
+        self._vocabulary = int(getattr(config, "vocab_size", None) or len(tokenizer))
+        description = getattr(config, "description", None)
+        self._layers = 0 if description is None else len(description.layers)
+        self._state_bytes = 1 if description is None else 4 * max(1, sum(layer.state_elements for layer in description.layers))
+        # Recurrent models know no last position, though some configs of theirs name one.
+        self._positions = None if self.branches else getattr(config, "max_position_embeddings", None)
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
@@ -74,50 +90,109 @@ class Subject:
             self.model.train(training)
 
     @torch.inference_mode()
-    def score(self, ids: np.ndarray, keep: int, advance: Callable[[int], None] = lambda rows: None) -> Scores:
+    def score(self, ids: np.ndarray, keep: int, advance: Advance = lambda rows: None) -> Scores:
         """Score the last `keep` (< T) tokens of equally long rows `[N, T]`, batch by batch; `advance` hears of finished rows.
 
         Raises:
-            EvaluationError: a token id beyond the model's vocabulary, NaN logits, or no memory.
+            EvaluationError: a token id beyond the model's vocabulary, more tokens than its positions, NaN logits, or no memory.
         """
-        if ids.max() >= self._vocabulary:
+        correct, nats = np.empty((len(ids), keep), dtype=bool), np.empty((len(ids), keep))
+        at_once = self.rows_at_once(ids.shape[1], keep)
+        for start in range(0, len(ids), at_once):
+            scored = score_tails(self, None, [(row, keep) for row in ids[start : start + at_once]])
+            correct[start : start + at_once] = [row.correct for row in scored]
+            nats[start : start + at_once] = [row.nats for row in scored]
+            advance(len(scored))
+        return Scores(correct, nats)
+
+    @torch.inference_mode()
+    def score_stems(self, stems: Sequence[Stem], advance: Advance = lambda rows: None) -> list[list[RowScore]]:
+        """Score the rows of stems; what they begin with is read once where the model has states to branch. Raises as `score`."""
+        return score_stems(self, stems, advance)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[np.ndarray],
+        *,
+        max_new_tokens: int,
+        stops: Sequence[str] = ("\n",),
+        header: np.ndarray | None = None,
+        advance: Advance = lambda rows: None,
+    ) -> list[str]:
+        """Greedy continuations of prompts `[T]` as text, each cut before the first of `stops`.
+
+        Args:
+            header: token ids that stand before every prompt; read once where the model has states to branch.
+        Raises:
+            EvaluationError: as `score`.
+        """
+        return generate(self, prompts, max_new_tokens=max_new_tokens, stops=stops, header=header, advance=advance)
+
+    def tensor(self, ids: np.ndarray) -> torch.Tensor:
+        """Token ids on the model's device. Raises `EvaluationError` for ids or lengths that the model does not know."""
+        if ids.size and ids.max() >= self._vocabulary:
             raise EvaluationError(
                 f"the tokenizer gives token id {ids.max()}, the model knows {self._vocabulary}",
                 where=str(self.identity["name"]),
                 fix="Use the tokenizer that the model was trained with",
             )
-        correct, nats = np.empty((len(ids), keep), dtype=bool), np.empty((len(ids), keep))
-        at_once = self._rows_at_once(ids.shape[1], keep)
-        for start in range(0, len(ids), at_once):
-            rows = torch.from_numpy(ids[start : start + at_once]).to(self.device)
-            for offset, (row, logits) in enumerate(zip(rows, self._logits(rows, keep + 1), strict=True)):
-                # The logits of the last position predict a token after the row; the others each predict their successor.
-                predictions, targets = logits[:-1].float(), row[-keep:]
-                correct[start + offset] = (predictions.argmax(-1) == targets).cpu().numpy()
-                surprise = predictions.logsumexp(-1) - predictions.gather(-1, targets[:, None])[:, 0]
-                nats[start + offset] = surprise.double().cpu().numpy()
-            advance(len(rows))
-        if np.isnan(nats).any():
+        if self._positions is not None and ids.shape[1] > self._positions:
             raise EvaluationError(
-                "the model gives NaN logits", where=str(self.identity["name"]), fix="Try --dtype float32, or check the weights"
+                f"a row has {ids.shape[1]} tokens, the model knows {self._positions} positions",
+                where=str(self.identity["name"]),
+                fix=f"Give --lengths up to {self._positions}, or fewer items",
             )
-        return Scores(correct, nats)
+        return torch.from_numpy(ids).to(self.device)
 
-    def _logits(self, rows: torch.Tensor, keep: int) -> torch.Tensor:
+    def forward(self, rows: torch.Tensor, keep: int, cache: StatexCache | None = None) -> torch.Tensor:
+        """Logits `[B, keep, vocabulary]` of the last positions of rows `[B, T]` that go on from a cache, which moves on."""
+        memory: dict[str, Any] = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
         try:
-            logits = self.model(input_ids=rows, attention_mask=None, logits_to_keep=keep, use_cache=False).logits
+            logits = self.model(input_ids=rows, attention_mask=None, logits_to_keep=keep, **memory).logits
         except torch.OutOfMemoryError as error:
             raise EvaluationError(
                 f"{rows.shape[0]} rows of {rows.shape[1]} tokens do not fit into memory",
                 where=str(self.device),
-                fix="Give a smaller --batch-size",
+                fix="Give a smaller --batch-size or shorter --lengths",
             ) from error
         # A model that does not know `logits_to_keep` gives all of them.
         return cast(torch.Tensor, logits[:, -keep:])
 
-    def _rows_at_once(self, length: int, keep: int) -> int:
-        wanted = self.batch_size or (CPU_BATCH_TOKENS if self.device.type == "cpu" else BATCH_TOKENS) // length
+    def new_cache(self) -> StatexCache:
+        """An empty cache of a model that branches."""
+        from ..models.cache import StatexCache
+
+        return StatexCache(self._layers)
+
+    def check_finite(self, nats: torch.Tensor) -> None:
+        """Raise `EvaluationError` if any score is NaN."""
+        if bool(nats.isnan().any()):
+            raise EvaluationError(
+                "the model gives NaN logits", where=str(self.identity["name"]), fix="Try --dtype float32, or check the weights"
+            )
+
+    @property
+    def branches(self) -> bool:
+        """Whether the model has states of fixed size that can be copied."""
+        return self._layers > 0
+
+    def rows_at_once(self, length: int, keep: int) -> int:
+        """Rows of a forward pass with `length` tokens each, of which `keep` are scored."""
+        wanted = self.batch_size or max(1, self._budget // max(1, length))
+        if self.branches:
+            return max(1, min(wanted, STATE_BYTES // self._state_bytes))
         return max(1, min(wanted, LOGIT_ELEMENTS // ((keep + 1) * self._vocabulary)))
+
+    def tokens_at_once(self, rows: int, keep: int = 1) -> int:
+        """Tokens a row of one piece of a long sequence, for a model that branches."""
+        step = max(PIECE, self._budget // rows // PIECE * PIECE)
+        fits = max(PIECE, LOGIT_ELEMENTS // (rows * self._vocabulary) // PIECE * PIECE)
+        return min(step, fits) if keep >= fits else step
+
+    @property
+    def _budget(self) -> int:
+        return CPU_BATCH_TOKENS if self.device.type == "cpu" else BATCH_TOKENS
 
 
 def load_subject(
@@ -171,7 +246,7 @@ def find_tokenizer(source: Encoder | str | Path) -> Encoder:
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """Name, parameters and, for the project's models, family, state elements per sequence and the plan that expanded it."""
+    """Name, parameters and, for the project's models, family, state elements per sequence, and how it was expanded and trained."""
     config = getattr(model, "config", None)
     identity: dict[str, Any] = {
         "name": Path(str(getattr(config, "_name_or_path", "") or type(model).__name__)).name,
@@ -181,7 +256,11 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     description = getattr(config, "description", None)
     if description is not None:
         identity |= {"family": description.family, "state_elements": sum(layer.state_elements for layer in description.layers)}
-        identity["plan"] = provenance(model).get("plan")
+        made = provenance(model)
+        identity["plan"] = made.get("plan")
+        if made:
+            runs = [{key: run.get(key) for key in ("steps", "tokens", "final_loss")} for run in made.get("finetune", [])]
+            identity |= {"source": made.get("source"), "finetune": runs}
     return identity
 
 

@@ -1,6 +1,6 @@
 """What a task is: it plans its jobs (and refuses what cannot be done) before any model runs; a job scores rows and gives cells.
 
-To add a task, write one file in `tasks/` with a class that has the members of `Task`, and add its line to `tasks/__init__.py`.
+To add a task, write one file in `tasks/` with a class that has the members of `Task`, and add it to a suite in `tasks/__init__.py`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from .result import Cell
+from .stems import Advance
 from .text import Encoder, Haystack, read_documents, source_name
 
 if TYPE_CHECKING:
     from .subject import Subject
-
-Advance = Callable[[int], None]
-"""Told the number of rows that were just scored."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,11 @@ class Options:
     samples: int
     seed: int
     data: str | Path | tuple[str | Path, ...] | None = None
+    data_dir: str | Path | None = None
+    shots: tuple[int, ...] | None = None
+    needles: int = 4
+    lengths_given: bool = True
+    """Whether the user chose the lengths; else a task may have others that suit it better."""
 
 
 @dataclass(frozen=True)

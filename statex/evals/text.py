@@ -34,6 +34,23 @@ def encode(tokenizer: Encoder, text: str) -> np.ndarray:
     return np.asarray(tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
 
 
+def encode_exactly(tokenizer: Encoder, text: str, what: str) -> np.ndarray:
+    """Token ids `[T]` of a text that must survive the way there and back, white space aside.
+
+    Raises:
+        EvaluationError: it does not (a vocabulary without these characters, or one that changes them).
+    """
+    ids = encode(tokenizer, text)
+    back = tokenizer.decode(ids.tolist())
+    if "".join(back.split()) != "".join(text.split()):
+        raise EvaluationError(
+            f"the tokenizer cannot write {what}: {text.strip()!r} comes back as {back.strip()!r}",
+            where="tokenizer",
+            fix="Choose values that its vocabulary holds (niah, niah_words, niah_uuids), or give the model's own tokenizer",
+        )
+    return ids
+
+
 def start_ids(tokenizer: Encoder) -> np.ndarray:
     """What the tokenizer puts before a text (`<s>` or nothing), so that a model sees the beginning it was trained on."""
     plain, full = list(encode(tokenizer, "a")), list(tokenizer.encode("a", add_special_tokens=True))

@@ -47,6 +47,7 @@ class Family:
             checkpoint of that description; raises `ExportError` that says which layer or tensor kind no stock checkpoint can hold.
             An empty source gives a complete config.
         layer_tensors: all tensors that a layer of the family can have.
+        model_tensors: those that the layers share, named within the model; their shapes do not depend on the layer given.
         operators: names of the operators that the family can take.
         default_operator, default_layers, default_factor: the paper's plan for the family.
         adaptable: names of the linear modules that a PEFT adapter can wrap with effect.
@@ -61,6 +62,7 @@ class Family:
     default_layers: str
     default_factor: int | None
     adaptable: tuple[str, ...]
+    model_tensors: tuple[TensorSpec, ...] = ()
 
     def tensors(self, model: ModelDescription) -> dict[str, tuple[Shape, Role]]:
         """Every canonical tensor name of a model with its shape and role (`lm_head.weight` is left out when tied)."""
@@ -70,6 +72,9 @@ class Family:
         }
         if not model.tie_word_embeddings:
             found["lm_head.weight"] = ((model.vocab_size, model.hidden_size), "embedding")
+        for spec in self.model_tensors:
+            if spec.present(model, model.layers[0]):
+                found[f"model.{spec.name}"] = (spec.shape(model, model.layers[0]), spec.role)
         for index, layer in enumerate(model.layers):
             for spec in self.layer_tensors:
                 if spec.present(model, layer):

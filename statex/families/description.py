@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 Mixing = Literal["scalar", "channel"]
+Spectrum = Literal["fixed", "learned"]
+Outer = Literal["added", "alone"]
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,17 @@ class LayerDescription:
     blocks: int = 1
     """Source heads f inside each merged head (of `mixing`); the key and the value of a head are split into this many blocks."""
     mixing: Mixing | None = None
-    """How value block j reads key block i: None (all blocks alike), a scalar M[i, j], or a vector over key channels M[·, j]."""
+    """How value block j reads key block i: None (all blocks alike), a scalar M[i, j], or a vector over key channels M[·, j]. Delta
+    rule: how it is written under key block i, and a value block is one or more value heads."""
     lift: int = 1
     """Keys and queries carry this many parts: themselves and lift-1 products of channels (docs/surgery.md)."""
+    spectrum: Spectrum | None = None
+    """Eigenvalues of a step: None: in [0, 1]; `fixed`: in [-1, 1]; `learned`: the tensor `mixer.spectrum_rho` says how far they
+    reach below 0, a number per source head (Mamba: per channel)."""
+    outer: Outer | None = None
+    """HGRN and HGRN2, S_t = Diag(f_t) S_{t-1} + (1 - f_t)ᵀ i_t: what the layer's output reads. None: of a state of one number per
+    channel, that number. `alone`: q_t S_t (HGRN2). `added`: the diagonal, which is HGRN's state, and λ ∘ q_t S_t with λ in
+    `mixer.outer_gain`."""
 
     @property
     def state_key_dim(self) -> int:
@@ -77,6 +87,8 @@ class ModelDescription:
     hidden_act: str = "silu"
     """Activation of the gated MLP."""
     residual_in_fp32: bool = False
+    lower_bound_channels: int | None = None
+    """Channels of the table of lower bounds on the decays, a row per layer (HGRN, HGRN2); None where there is none."""
     mixer: dict[str, Any] = field(default_factory=dict)
     """Options that all mixers of the model share; only the family's own file and mixer know their names."""
 
@@ -90,11 +102,14 @@ class ModelDescription:
         return cls(**{**data, "layers": tuple(map(_layer, data["layers"]))})
 
 
+_CHOICES: dict[str, tuple[str, ...]] = {"mixing": get_args(Mixing), "spectrum": get_args(Spectrum), "outer": get_args(Outer)}
+
+
 def _layer(data: dict[str, Any]) -> LayerDescription:
     layer = LayerDescription(**data)
     for name, value in vars(layer).items():
-        if name == "mixing":
-            possible = value is None or value in get_args(Mixing)
+        if name in _CHOICES:
+            possible = value is None or value in _CHOICES[name]
         else:
             possible = type(value) in ((int, float) if name == "scale" else (int,)) and 0 < value < math.inf
         if not possible:

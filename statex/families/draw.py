@@ -36,8 +36,8 @@ def draw(init: Init, shape: Shape, *, model: ModelDescription, generator: torch.
 
     Kinds: `zeros`; `ones`; `normal` (std); `xavier_uniform` (gain); `kaiming_uniform` (a; with depth_power p scaled by layers^p);
     `mamba_A_log`: log of a uniform draw from [low, high]; `mamba_dt_bias`: softplus of it is log-uniform between the model's
-    time_step_min and time_step_max, not under time_step_floor; `identity`: a mixing matrix, `[heads, rows, blocks]`, that lets
-    value block j read the rows of key block j only.
+    time_step_min and time_step_max, not under time_step_floor; `s4d_real`: log of 1, 2, ... along the last dimension;
+    `identity`: a mixing matrix, `[heads, rows, blocks, ...]`, that lets value block j use the rows of key block j only.
 
     Raises:
         ValueError: unknown kind.
@@ -87,8 +87,14 @@ def _mamba_dt_bias(tensor: torch.Tensor, args: _Args, model: ModelDescription, g
     step.add_(step.neg().expm1().neg().log())
 
 
+def _s4d_real(tensor: torch.Tensor, args: _Args, model: ModelDescription, generator: torch.Generator | None) -> None:
+    import torch
+
+    tensor.copy_(torch.arange(1, tensor.shape[-1] + 1).log())
+
+
 def _identity(tensor: torch.Tensor, args: _Args, model: ModelDescription, generator: torch.Generator | None) -> None:
-    _, rows, blocks = tensor.shape
+    rows, blocks = tensor.shape[1:3]
     tensor.zero_()
     for block in range(blocks):
         tensor[:, block * rows // blocks : (block + 1) * rows // blocks, block] = 1.0
@@ -102,5 +108,6 @@ _KINDS: dict[str, Callable[[torch.Tensor, _Args, ModelDescription, torch.Generat
     "kaiming_uniform": _kaiming_uniform,
     "mamba_A_log": _mamba_a_log,
     "mamba_dt_bias": _mamba_dt_bias,
+    "s4d_real": _s4d_real,
     "identity": _identity,
 }

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, ExportError
 from .base import Shape
-from .description import LayerDescription, ModelDescription
+from .description import LayerDescription, ModelDescription, Spectrum
 
 MEND = "Restore the config.json that belongs to these weights, or mend the key"
 """What to do about a config that cannot be true."""
@@ -103,12 +103,15 @@ def divide(total: int, parts: int, what: str) -> int:
     return total // parts
 
 
-def uniform_layer(model: ModelDescription, tensors: Iterable[tuple[str, str, str]]) -> LayerDescription:
+def uniform_layer(
+    model: ModelDescription, tensors: Iterable[tuple[str, str, str]], spectra: Collection[Spectrum | None] = (None,)
+) -> LayerDescription:
     """The one description that all layers share, as every stock checkpoint needs.
 
     Args:
         tensors: (field of the layer description, tensor that it needs, operator and init that bring it), for kinds of tensors that
             no stock checkpoint has; a layer uses one when the field differs from `LayerDescription`'s default.
+        spectra: what a stock config can say of the eigenvalues' range.
     Raises:
         ExportError: names the layers that carry such a tensor, or the layers and fields that differ.
     """
@@ -120,6 +123,12 @@ def uniform_layer(model: ModelDescription, tensors: Iterable[tuple[str, str, str
                 f"{_layers(carriers)} the tensor {tensor} ({origin}), which no stock {model.family} checkpoint can hold",
                 fix="Export with --to hf, which carries the code",
             )
+    extended = [index for index, layer in enumerate(model.layers) if layer.spectrum not in spectra]
+    if extended:
+        raise ExportError(
+            f"{_layers(extended)} eigenvalues below 0 (extend_spectrum), which no stock {model.family} config can ask for",
+            fix="Export with --to hf, which carries the code",
+        )
     first = model.layers[0]
     for index, layer in enumerate(model.layers):
         if layer != first:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from ..errors import CheckpointError, ExportError
+from ..errors import ExportError
 from .base import Family, Init, Shape, TensorSpec
 from .description import LayerDescription, ModelDescription
-from .facts import MEND, Facts, changed_keys, divide, uniform_layer
+from .facts import Facts, changed_keys, divide, uniform_layer
+from .fla import (
+    GATED_MLP,
+    default_mlp_width,
+    expanded,
+    mixing_rows,
+    mlp_width,
+    refuse_hybrids,
+    require_one_of,
+    short_convolution,
+)
 
 DEFAULTS: dict[str, Any] = {
     "hidden_size": 2048,
@@ -38,21 +48,20 @@ GATE_LOW_RANK_DIM = 16
 FEATURE_MAPS = (None, "relu", "sigmoid", "silu", "swish")
 
 XAVIER = Init("xavier_uniform", (("gain", 2**-2.5),))
-EMBEDDING_STD = Init("normal", (("std", 0.02),))
-CONV = Init("kaiming_uniform", (("a", math.sqrt(5)),))
 
 
 def describe(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> ModelDescription:
     """The description of a `gla` checkpoint; see `Family.describe`."""
     facts = Facts(config, DEFAULTS, shapes)
-    _refuse_unsupported(facts)
+    refuse_hybrids(facts, "GLA")
+    require_one_of(facts, {"hidden_act": ("swish",), "feature_map": FEATURE_MAPS})
     hidden, heads = facts.integer("hidden_size"), facts.integer("num_heads")
     kv_heads = facts.integer("num_kv_heads", optional=True) or heads
     groups = divide(heads, kv_heads, f"num_heads ({heads}) must be a multiple of num_kv_heads ({kv_heads})")
-    key_channels, value_channels = _expanded(facts, hidden, "expand_k"), _expanded(facts, hidden, "expand_v")
+    key_channels, value_channels = expanded(facts, hidden, "expand_k"), expanded(facts, hidden, "expand_v")
     key_dim = divide(key_channels, heads, f"hidden_size * expand_k must be a multiple of num_heads ({heads})")
     value_dim = divide(value_channels, heads, f"hidden_size * expand_v must be a multiple of num_heads ({heads})")
-    intermediate = facts.integer("intermediate_size", optional=True) or _default_intermediate(hidden, facts.number("hidden_ratio"))
+    intermediate = mlp_width(facts, hidden)
     mixer = "model.layers.0.mixer"
     facts.agree("hidden_size", hidden, "model.embeddings.weight", 1)
     facts.agree("vocab_size", facts.integer("vocab_size"), "model.embeddings.weight", 0)
@@ -100,33 +109,6 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> ModelDes
     )
 
 
-def _refuse_unsupported(facts: Facts) -> None:
-    unsupported = {
-        "attn": "softmax attention layers (`attn`)",
-        "attnres_block_size": "attention over residuals (`attnres_block_size`)",
-    }
-    for key, what in unsupported.items():
-        if facts.get(key) is not None:
-            raise CheckpointError(f"{what} are not supported", where="config.json", fix="statex handles pure GLA stacks")
-    for key, known in {"hidden_act": ("swish",), "feature_map": FEATURE_MAPS}.items():
-        if facts.get(key) not in known:
-            names = ", ".join(str(name) for name in known)
-            raise CheckpointError(f"{key} {facts.get(key)!r} is not supported", where="config.json", fix=f"Supported: {names}")
-
-
-def _expanded(facts: Facts, hidden: int, key: str) -> int:
-    """Channels of `hidden_size * expand_k` (or `expand_v`), which must be whole, as in fla."""
-    channels = hidden * facts.number(key)
-    if not math.isfinite(channels) or round(channels) < 1 or not math.isclose(channels, round(channels)):
-        raise CheckpointError(f"hidden_size * {key} must be a positive whole number, not {channels}", where="config.json", fix=MEND)
-    return round(channels)
-
-
-def _default_intermediate(hidden: int, ratio: float) -> int:
-    """fla's width of the gated MLP: two thirds of `ratio * hidden`, rounded up to a multiple of 256."""
-    return 256 * math.ceil(int(hidden * ratio * 2 / 3) / 256)
-
-
 def native_config(model: ModelDescription, source: Mapping[str, Any]) -> dict[str, Any]:
     """Config of the stock `gla` checkpoint of this description; see `Family.native_config`."""
     new_tensors = (("mixing", "mixer.mixing", "merge_heads, preserve"), ("lift", "mixer.lift_gamma", "lift_keys"))
@@ -162,7 +144,7 @@ def native_config(model: ModelDescription, source: Mapping[str, Any]) -> dict[st
     }
     if not source:
         return {"model_type": "gla", "architectures": ["GLAForCausalLM"], **wanted}
-    width = _default_intermediate(model.hidden_size, source.get("hidden_ratio") or DEFAULTS["hidden_ratio"])
+    width = default_mlp_width(model.hidden_size, source.get("hidden_ratio") or DEFAULTS["hidden_ratio"])
     return changed_keys(source, DEFAULTS | {"intermediate_size": width}, wanted)
 
 
@@ -182,33 +164,13 @@ def _output_channels(model: ModelDescription, layer: LayerDescription) -> int:
     return layer.query_heads * layer.value_dim
 
 
-def _has_conv(model: ModelDescription, layer: LayerDescription) -> bool:
-    return bool(model.mixer["use_short_conv"])
-
-
-def _has_conv_bias(model: ModelDescription, layer: LayerDescription) -> bool:
-    return bool(model.mixer["use_short_conv"] and model.mixer["conv_bias"])
-
-
 def _has_gate(model: ModelDescription, layer: LayerDescription) -> bool:
     return bool(model.mixer["use_output_gate"])
 
 
-def _mlp_width(model: ModelDescription) -> int:
-    return model.intermediate_size or 0
-
-
 def _mixing_shape(model: ModelDescription, layer: LayerDescription) -> Shape:
     """Scalar `[key_heads, blocks, blocks]`, per channel `[key_heads, key_dim, blocks]`; columns are value blocks."""
-    return (layer.key_heads, layer.key_dim if layer.mixing == "channel" else layer.blocks, layer.blocks)
-
-
-def _conv(part: str, channels: Callable[[ModelDescription, LayerDescription], int]) -> tuple[TensorSpec, TensorSpec]:
-    """The short convolution of q, k or v: kernels `[C, 1, conv_size]` and, where there are any, biases."""
-    return (
-        TensorSpec(f"mixer.{part}_conv1d.weight", lambda m, l: (channels(m, l), 1, m.mixer["conv_size"]), "conv", CONV, _has_conv),
-        TensorSpec(f"mixer.{part}_conv1d.bias", lambda m, l: (channels(m, l),), "bias", Init("zeros"), _has_conv_bias),
-    )
+    return (layer.key_heads, mixing_rows(layer), layer.blocks)
 
 
 GLA = Family(
@@ -221,9 +183,9 @@ GLA = Family(
         TensorSpec("mixer.k_proj.weight", lambda m, l: (_key_channels(m, l), m.hidden_size), "projection", XAVIER),
         TensorSpec("mixer.v_proj.weight", lambda m, l: (_value_channels(m, l), m.hidden_size), "projection", XAVIER),
         TensorSpec("mixer.g_proj.weight", lambda m, l: (_output_channels(m, l), m.hidden_size), "projection", XAVIER, _has_gate),
-        *_conv("q", _query_channels),
-        *_conv("k", _key_channels),
-        *_conv("v", _value_channels),
+        *short_convolution("q", _query_channels),
+        *short_convolution("k", _key_channels),
+        *short_convolution("v", _value_channels),
         TensorSpec("mixer.gk_proj.0.weight", lambda m, l: (m.mixer["gate_low_rank_dim"], m.hidden_size), "decay", XAVIER),
         TensorSpec("mixer.gk_proj.1.weight", lambda m, l: (_key_channels(m, l), m.mixer["gate_low_rank_dim"]), "decay", XAVIER),
         TensorSpec("mixer.gk_proj.1.bias", lambda m, l: (_key_channels(m, l),), "decay", Init("zeros")),
@@ -243,12 +205,16 @@ GLA = Family(
             Init("ones"),
             lambda m, l: l.lift > 1,
         ),
-        TensorSpec("mlp_norm.weight", lambda m, l: (m.hidden_size,), "norm", Init("ones")),
-        TensorSpec("mlp.gate_proj.weight", lambda m, l: (_mlp_width(m), m.hidden_size), "projection", EMBEDDING_STD),
-        TensorSpec("mlp.up_proj.weight", lambda m, l: (_mlp_width(m), m.hidden_size), "projection", EMBEDDING_STD),
-        TensorSpec("mlp.down_proj.weight", lambda m, l: (m.hidden_size, _mlp_width(m)), "projection", EMBEDDING_STD),
+        TensorSpec(
+            "mixer.spectrum_rho",
+            lambda m, l: (l.key_heads, l.blocks),
+            "decay",
+            Init("zeros"),
+            lambda m, l: l.spectrum == "learned",
+        ),
+        *GATED_MLP,
     ),
-    operators=("merge_heads", "lift_keys"),
+    operators=("merge_heads", "lift_keys", "extend_spectrum"),
     default_operator="merge_heads",
     default_layers="every:6",
     default_factor=None,

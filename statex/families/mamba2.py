@@ -179,8 +179,11 @@ MAMBA2 = Family(
         TensorSpec(
             "mixer.lift_gamma", lambda m, l: (l.key_heads, (l.lift - 1) * l.key_dim), "lift", Init("ones"), lambda m, l: l.lift > 1
         ),
+        TensorSpec(
+            "mixer.spectrum_rho", lambda m, l: (l.value_heads,), "decay", Init("zeros"), lambda m, l: l.spectrum == "learned"
+        ),
     ),
-    operators=("widen_state", "lift_keys"),
+    operators=("widen_state", "lift_keys", "extend_spectrum"),
     default_operator="widen_state",
     default_layers="all",
     default_factor=4,

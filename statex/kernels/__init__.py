@@ -6,32 +6,53 @@ nothing else of the project.
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import chunked_gla, chunked_ssd, reference
+from . import chunked_gla, chunked_ssd, reference, signed, triton_backend
 from .checks import check_gla, check_ssd
+from .delta import delta_rule, delta_rule_step
+from .hgrn import hgrn
 from .lift import lift
 from .packed import run_in_buckets
+from .selective_scan import selective_scan, selective_scan_step
 from .step import gla_step, ssd_step
 
-__all__ = ["BACKENDS", "gla", "gla_step", "lift", "ssd", "ssd_step"]
+__all__ = [
+    "BACKENDS",
+    "delta_rule",
+    "delta_rule_step",
+    "gla",
+    "gla_step",
+    "hgrn",
+    "lift",
+    "selective_scan",
+    "selective_scan_step",
+    "ssd",
+    "ssd_step",
+]
 
 BACKENDS: dict[str, dict[str, ModuleType]] = {
     "reference": {"gla": reference, "ssd": reference},
     "chunked": {"gla": chunked_gla, "ssd": chunked_ssd},
+    "triton": triton_backend.MODULES,
 }
 """Backend name to the modules that hold its `gla` and `ssd`. A new backend is a line here."""
 
 
-def _backend(name: str) -> dict[str, ModuleType]:
-    if name == "auto":
-        return BACKENDS["chunked"]
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; choose one of auto, {', '.join(BACKENDS)}")
-    return BACKENDS[name]
+def _module(backend: str, operation: str, x: Tensor) -> ModuleType:
+    """The module that computes `operation` on tensors like `x`. Raises `ValueError` where the backend is unknown or cannot."""
+    if backend == "auto":
+        backend = "triton" if x.is_cuda and triton_backend.why_not(x) is None else "chunked"
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose one of auto, {', '.join(BACKENDS)}")
+    if backend == "triton" and (reason := triton_backend.why_not(x)) is not None:
+        raise ValueError(f"backend 'triton' {reason}; use auto or chunked")
+    return BACKENDS[backend][operation]
 
 
 def gla(
@@ -43,6 +64,7 @@ def gla(
     scale: float,
     mixing: Tensor | None = None,
     lift_gamma: Tensor | None = None,
+    spectrum: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -61,10 +83,12 @@ def gla(
         scale: factor on q.
         mixing: `[H, f, f]` or `[H, K, f]`. Value block j (of f) is read as scale · Σ_i (q_i ∘ M_ij) S_ij over key blocks i.
         lift_gamma: `[Hq, (factor - 1) * K]`. Keys become `[k ; lift(k)]`, queries `[q ; lift_gamma ∘ lift(q)]`, decays repeat.
+        spectrum: `[H, K]` in [-1, 1], how far eigenvalues reach below 0: decays a become (1 + spectrum)·a - spectrum.
         initial_state: `[N, H, factor * K, V]`, zeros by default.
         output_final_state: also return the state after the last token.
         cu_seqlens: borders `[N + 1]` of N sequences packed into one row (B = 1), from 0 to T. States do not cross borders.
-        backend: "auto", "chunked" (any device) or "reference" (float64, one token at a time).
+        backend: "auto" (Triton on CUDA devices, else chunked), "triton", "chunked" (any device) or "reference" (float64, one token at
+            a time).
 
     Returns:
         o `[B, T, Hq, V]` in the dtype of `q`, and the final state `[N, H, factor * K, V]` in float32 (float64), or None.
@@ -72,22 +96,30 @@ def gla(
     Raises:
         ValueError: shapes that disagree, borders that do not run from 0 to T, a log-decay above 0, an unknown backend.
     """
-    module = _backend(backend)["gla"]
-    check_gla(q, k, v, log_decay, mixing, lift_gamma, initial_state, cu_seqlens)
+    module = _module(backend, "gla", q)
+    check_gla(q, k, v, log_decay, mixing, lift_gamma, spectrum, initial_state, cu_seqlens)
+    options: dict[str, Any] = {
+        "scale": scale, "mixing": mixing, "lift_gamma": lift_gamma, "initial_state": initial_state,
+        "output_final_state": output_final_state, "cu_seqlens": cu_seqlens,
+    }  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
-        if cu_seqlens is None or module is reference or (initial_state is None and not output_final_state):
-            return module.gla(
-                q, k, v, log_decay, scale=scale, mixing=mixing, lift_gamma=lift_gamma, initial_state=initial_state,
-                output_final_state=output_final_state, cu_seqlens=cu_seqlens,
-            )  # fmt: skip
+        if module is reference:
+            return reference.gla(q, k, v, log_decay, spectrum=spectrum, **options)
+        if spectrum is not None:
+            return signed.gla(partial(_gla, module), q, k, v, log_decay, spectrum=spectrum, **options)
+        return _gla(module, q, k, v, log_decay, **options)
 
-        def run(rows: tuple[Tensor, ...], state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            return module.gla(
-                *rows, scale=scale, mixing=mixing, lift_gamma=lift_gamma, initial_state=state, output_final_state=True
-            )
 
-        o, final = run_in_buckets(run, (q, k, v, log_decay), initial_state, cu_seqlens)
-        return o, final if output_final_state else None
+def _gla(module: ModuleType, *rows: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """A backend's `gla`, packed sequences with states of their own included."""
+    if not _needs_buckets(**options):
+        return module.gla(*rows, **options)
+
+    def run(rows: tuple[Tensor, ...], state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return module.gla(*rows, **options | {"initial_state": state, "output_final_state": True, "cu_seqlens": None})
+
+    o, final = run_in_buckets(run, rows, options["initial_state"], options["cu_seqlens"])
+    return o, final if options["output_final_state"] else None
 
 
 def ssd(
@@ -99,6 +131,7 @@ def ssd(
     *,
     D: Tensor | None = None,
     lift_gamma: Tensor | None = None,
+    spectrum: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -116,6 +149,7 @@ def ssd(
         B, C: `[B, T, G, N]`; head h reads group h // (H / G).
         D: `[H]`, the skip connection, or None.
         lift_gamma: `[G, (factor - 1) * N]`. B becomes `[B ; lift(B)]` and C `[C ; lift_gamma ∘ lift(C)]`.
+        spectrum: `[H]`, as in `gla`.
         initial_state: `[sequences, H, factor * N, P]`, zeros by default.
         output_final_state: also return the state after the last token.
         cu_seqlens: borders of sequences packed into one row, as in `gla`.
@@ -127,20 +161,37 @@ def ssd(
     Raises:
         ValueError: shapes that disagree, borders that do not run from 0 to T, A above 0 or dt below 0, an unknown backend.
     """
-    module = _backend(backend)["ssd"]
-    check_ssd(x, dt, A, B, C, D, lift_gamma, initial_state, cu_seqlens)
+    module = _module(backend, "ssd", x)
+    check_ssd(x, dt, A, B, C, D, lift_gamma, spectrum, initial_state, cu_seqlens)
+    options: dict[str, Any] = {
+        "D": D, "lift_gamma": lift_gamma, "initial_state": initial_state,
+        "output_final_state": output_final_state, "cu_seqlens": cu_seqlens,
+    }  # fmt: skip
     with torch.autocast(x.device.type, enabled=False):
-        if cu_seqlens is None or module is reference or (initial_state is None and not output_final_state):
-            return module.ssd(
-                x, dt, A, B, C, D=D, lift_gamma=lift_gamma, initial_state=initial_state,
-                output_final_state=output_final_state, cu_seqlens=cu_seqlens,
-            )  # fmt: skip
+        if module is reference:
+            return reference.ssd(x, dt, A, B, C, spectrum=spectrum, **options)
+        if spectrum is not None:
+            return signed.ssd(partial(_ssd, module), x, dt, A, B, C, spectrum=spectrum, **options)
+        return _ssd(module, x, dt, A, B, C, **options)
 
-        def run(rows: tuple[Tensor, ...], state: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            values, steps, keys, queries = rows
-            return module.ssd(
-                values, steps, A, keys, queries, D=D, lift_gamma=lift_gamma, initial_state=state, output_final_state=True
-            )
 
-        y, final = run_in_buckets(run, (x, dt, B, C), initial_state, cu_seqlens)
-        return y, final if output_final_state else None
+def _ssd(
+    module: ModuleType, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, log_decay: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """A backend's `ssd`, packed sequences with states of their own included."""
+    if not _needs_buckets(**options):
+        return module.ssd(x, dt, A, B, C, log_decay=log_decay, **options)
+
+    def run(rows: tuple[Tensor, ...], state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        x, dt, B, C, *decays = rows
+        own = {"initial_state": state, "output_final_state": True, "cu_seqlens": None}
+        return module.ssd(x, dt, A, B, C, log_decay=decays[0] if decays else None, **options | own)
+
+    rows = (x, dt, B, C) if log_decay is None else (x, dt, B, C, log_decay)
+    y, final = run_in_buckets(run, rows, options["initial_state"], options["cu_seqlens"])
+    return y, final if options["output_final_state"] else None
+
+
+def _needs_buckets(cu_seqlens: Tensor | None, initial_state: Tensor | None, output_final_state: bool, **options: Any) -> bool:
+    """Backends run packed sequences from zero states and return none."""
+    return cu_seqlens is not None and (initial_state is not None or output_final_state)

@@ -13,6 +13,7 @@ def check_gla(
     log_decay: Tensor,
     mixing: Tensor | None,
     lift_gamma: Tensor | None,
+    spectrum: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
@@ -29,6 +30,7 @@ def check_gla(
     if mixing is not None:
         _check_mixing(mixing, heads, key_dim, value_dim)
     factor = _checked_factor(lift_gamma, "query heads", query_heads, key_dim)
+    _check_spectrum(spectrum, (heads, key_dim))
     sequences = check_cu_seqlens(cu_seqlens, batch, tokens)
     if initial_state is not None:
         _expect("initial_state", initial_state, (sequences, heads, factor * key_dim, value_dim))
@@ -43,6 +45,7 @@ def check_ssd(
     C: Tensor,
     D: Tensor | None,
     lift_gamma: Tensor | None,
+    spectrum: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
@@ -60,9 +63,84 @@ def check_ssd(
     if D is not None:
         _expect("D", D, (heads,))
     factor = _checked_factor(lift_gamma, "groups", groups, d_state)
+    _check_spectrum(spectrum, (heads,))
     sequences = check_cu_seqlens(cu_seqlens, batch, tokens)
     if initial_state is not None:
         _expect("initial_state", initial_state, (sequences, heads, factor * d_state, head_dim))
+    _require(not (_readable(A) and bool((A > 0).any())), "A must be at most 0: states would grow for ever")
+    _require(not (_readable(dt) and bool((dt < 0).any())), "dt must be at least 0: pass it after softplus")
+
+
+def check_delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Raises `ValueError` on inputs that `delta_rule` cannot mean."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _require(tensor.dim() == 4, f"{name} must be [B, T, H, D], got {_shape(tensor)}")
+    batch, tokens, heads, value_dim = v.shape
+    _require(tokens > 0, "there are no tokens: T = 0")
+    query_heads, (key_heads, key_dim) = q.shape[2], k.shape[2:]
+    _expect("k", k, (batch, tokens, key_heads, key_dim))
+    _expect("q", q, (batch, tokens, query_heads, key_dim))
+    _require(heads % key_heads == 0, f"{heads} value heads cannot share {key_heads} key heads: not a multiple")
+    _require(key_heads % query_heads == 0, f"{key_heads} key heads cannot share {query_heads} query heads: not a multiple")
+    _expect("beta", beta, (batch, tokens, heads))
+    if log_decay is not None:
+        _expect("log_decay", log_decay, (batch, tokens, heads))
+        grows = _readable(log_decay) and bool((log_decay > 0).any())
+        _require(not grows, "log_decay must be at most 0: states would grow for ever")
+    sequences = check_cu_seqlens(cu_seqlens, batch, tokens)
+    if initial_state is not None:
+        _expect("initial_state", initial_state, (sequences, heads, key_dim, value_dim))
+
+
+def check_hgrn(x: Tensor, log_decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Raises `ValueError` on inputs that `hgrn` cannot mean."""
+    _require(x.dim() == 3, f"x must be [B, T, D], got {_shape(x)}")
+    batch, tokens, channels = x.shape
+    _require(tokens > 0, "there are no tokens: T = 0")
+    _expect("log_decay", log_decay, (batch, tokens, channels))
+    sequences = check_cu_seqlens(cu_seqlens, batch, tokens)
+    if initial_state is not None:
+        _expect("initial_state", initial_state, (sequences, channels))
+    _require(not (_readable(log_decay) and bool((log_decay > 0).any())), "log_decay must be at most 0: states would grow for ever")
+
+
+def check_selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    lift_gamma: Tensor | None,
+    spectrum: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Raises `ValueError` on inputs that `selective_scan` cannot mean."""
+    for name, tensor in (("x", x), ("B", B), ("C", C)):
+        _require(tensor.dim() == 3, f"{name} must be [B, T, D], got {_shape(tensor)}")
+    batch, tokens, channels = x.shape
+    _require(tokens > 0, "there are no tokens: T = 0")
+    d_state = B.shape[-1]
+    _expect("dt", dt, (batch, tokens, channels))
+    _expect("A", A, (channels, d_state))
+    _expect("B", B, (batch, tokens, d_state))
+    _expect("C", C, (batch, tokens, d_state))
+    if D is not None:
+        _expect("D", D, (channels,))
+    factor = _checked_factor(lift_gamma, "group", 1, d_state)
+    _check_spectrum(spectrum, (channels,))
+    sequences = check_cu_seqlens(cu_seqlens, batch, tokens)
+    if initial_state is not None:
+        _expect("initial_state", initial_state, (sequences, 1, factor * d_state, channels))
     _require(not (_readable(A) and bool((A > 0).any())), "A must be at most 0: states would grow for ever")
     _require(not (_readable(dt) and bool((dt < 0).any())), "dt must be at least 0: pass it after softplus")
 
@@ -99,6 +177,13 @@ def _checked_factor(lift_gamma: Tensor | None, rows_name: str, rows: int, key_di
     fits = lift_gamma.dim() == 2 and lift_gamma.shape[0] == rows and lift_gamma.shape[1] > 0 and lift_gamma.shape[1] % key_dim == 0
     _require(fits, f"lift_gamma must be [{rows} {rows_name}, a multiple of {key_dim}], got {_shape(lift_gamma)}")
     return 1 + lift_gamma.shape[1] // key_dim
+
+
+def _check_spectrum(spectrum: Tensor | None, shape: tuple[int, ...]) -> None:
+    if spectrum is not None:
+        _expect("spectrum", spectrum, shape)
+        within = not _readable(spectrum) or bool((spectrum.abs() <= 1).all())
+        _require(within, "spectrum must lie in [-1, 1]: beyond, states would grow for ever")
 
 
 def _readable(tensor: Tensor) -> bool:

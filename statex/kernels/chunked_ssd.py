@@ -27,11 +27,15 @@ def ssd(
     *,
     D: Tensor | None = None,
     lift_gamma: Tensor | None = None,
+    log_decay: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Arguments and results of `statex.kernels.ssd`, but packed sequences start from zero states and return none."""
+    """Arguments and results of `statex.kernels.ssd`, but packed sequences start from zero states and return none.
+
+    `log_decay` `[B, T, H]`, at most 0, takes the place of dt · A.
+    """
     batch, tokens, heads, head_dim = x.shape
     groups, d_state = B.shape[2:]
     state_dim = d_state * lift_factor(lift_gamma, d_state)
@@ -39,12 +43,14 @@ def ssd(
     chunk = chunk_length(tokens, state_dim, heads // groups * head_dim)
     if initial_state is None:
         initial_state = x.new_zeros(batch, heads, state_dim, head_dim, dtype=dtype)
+    if log_decay is None:
+        log_decay = dt.to(dtype) * A.to(dtype)
     state = initial_state.to(dtype).unflatten(1, (groups, -1)).transpose(2, 3)
     per_group = 4 * state_dim + heads // groups * (4 * head_dim + 4 * chunk + 2 * state_dim * head_dim // chunk)
     y, state = run_segments(
         partial(_segment, chunk=chunk, dtype=dtype),
-        (x, dt, B, C),
-        (A, D, lift_gamma),
+        (x, dt, log_decay, B, C),
+        (D, lift_gamma),
         state,
         chunk=chunk,
         elements_per_token=batch * groups * per_group,
@@ -56,9 +62,9 @@ def ssd(
 def _segment(
     x: Tensor,
     dt: Tensor,
+    log_decay: Tensor,
     B: Tensor,
     C: Tensor,
-    A: Tensor,
     D: Tensor | None,
     lift_gamma: Tensor | None,
     state: Tensor,
@@ -69,8 +75,7 @@ def _segment(
 ) -> tuple[Tensor, Tensor]:
     """Outputs `[B, t, H, P]` and the state `[B, G, N, H/G, P]` after a run of whole chunks. Inside: `[B, G, n, C, ...]`."""
     tokens, groups, out_dtype = x.shape[1], B.shape[2], x.dtype
-    dt = dt.to(dtype)
-    x, dt, log_decay = (fold(u.unflatten(2, (groups, -1)), chunk, dtype) for u in (x, dt, dt * A.to(dtype)))
+    x, dt, log_decay = (fold(u.unflatten(2, (groups, -1)), chunk, dtype) for u in (x, dt, log_decay))
     keys, queries = fold(B, chunk, dtype), fold(C, chunk, dtype)
     if lift_gamma is not None:
         gamma = lift_gamma.to(dtype)[:, None, None]
@@ -167,13 +172,11 @@ def _diagonal_blocks(scores: Tensor, size: int) -> Tensor:
 
 
 def segment_sums(log_decay: Tensor) -> Tensor:
-    """Σ_{j < s <= i} log_decay_s at `[..., i, j]` for j <= i, -inf above: `[..., C]` to `[..., C, C]`, C a power of two."""
+    """Σ_{j < s <= i} log_decay_s at `[..., i, j]` for j <= i, -inf above: `[..., C]` to `[..., C, C]`.
+
+    Every column is summed from its own start: differences of longer sums would lose digits, and turn -inf into NaN.
+    """
     chunk = log_decay.shape[-1]
-    sums, size = torch.zeros_like(log_decay)[..., None, None], 1
-    while size < chunk:
-        first, second = sums.unflatten(-3, (-1, 2)).unbind(-3)
-        entering = second[..., :1] + log_decay[..., size :: 2 * size, None, None]
-        lower = torch.cat([first[..., -1:, :] + entering, second], -1)
-        upper = torch.nn.functional.pad(first, (0, size), value=-torch.inf)
-        sums, size = torch.cat([upper, lower], -2), 2 * size
-    return sums.squeeze(-3)
+    sums = log_decay[..., None].expand(*log_decay.shape, chunk).tril(-1).cumsum(-2)
+    above = torch.ones(chunk, chunk, dtype=torch.bool, device=log_decay.device).triu(1)
+    return sums.masked_fill(above, -torch.inf)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .lift import channel_mixing, lift_factor, lifted_key, lifted_query
+from .signed import extended
 
 
 def gla(
@@ -20,6 +21,7 @@ def gla(
     scale: float,
     mixing: Tensor | None = None,
     lift_gamma: Tensor | None = None,
+    spectrum: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -31,8 +33,9 @@ def gla(
     batch, _, heads, key_dim = k.shape
     group = q.shape[2] // heads
     factor = lift_factor(lift_gamma, key_dim)
-    out_dtype, state_dtype = q.dtype, _state_dtype(q)
-    q, k, v, decay = q.double(), lifted_key(k.double(), factor), v.double(), log_decay.double().exp().repeat(1, 1, 1, factor)
+    out_dtype, state_dtype = q.dtype, state_dtype_of(q)
+    q, k, v = q.double(), lifted_key(k.double(), factor), v.double()
+    decay = _decay(log_decay.double(), spectrum).repeat(1, 1, 1, factor)
     q = lifted_query(q, None if lift_gamma is None else lift_gamma.double())
     q = scale * q.unflatten(2, (heads, group))
     blocks = 1 if mixing is None else mixing.shape[-1]
@@ -46,7 +49,7 @@ def gla(
             outputs.append(read.flatten(3).flatten(1, 2))
         return torch.stack(outputs, 1) if outputs else q.new_zeros(batch, 0, heads * group, v.shape[-1]), state
 
-    o, state = _run_sequences(run, (batch, heads, k.shape[-1], v.shape[-1]), q, initial_state, cu_seqlens)
+    o, state = run_sequences(run, (batch, heads, k.shape[-1], v.shape[-1]), q, initial_state, cu_seqlens)
     return o.to(out_dtype), state.to(state_dtype) if output_final_state else None
 
 
@@ -59,6 +62,7 @@ def ssd(
     *,
     D: Tensor | None = None,
     lift_gamma: Tensor | None = None,
+    spectrum: Tensor | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -69,9 +73,9 @@ def ssd(
     """
     batch, _, heads, head_dim = x.shape
     per_group = heads // B.shape[2]
-    out_dtype, state_dtype = x.dtype, _state_dtype(x)
+    out_dtype, state_dtype = x.dtype, state_dtype_of(x)
     x, dt = x.double(), dt.double()
-    decay = (dt * A.double()).exp()
+    decay = _decay(dt * A.double(), spectrum)
     keys = lifted_key(B.double(), lift_factor(lift_gamma, B.shape[-1])).repeat_interleave(per_group, 2)
     queries = lifted_query(C.double(), None if lift_gamma is None else lift_gamma.double()).repeat_interleave(per_group, 2)
 
@@ -83,15 +87,15 @@ def ssd(
             outputs.append(torch.einsum("bhn,bhnp->bhp", queries[:, t], state))
         return torch.stack(outputs, 1) if outputs else x.new_zeros(batch, 0, heads, head_dim), state
 
-    y, state = _run_sequences(run, (batch, heads, keys.shape[-1], head_dim), x, initial_state, cu_seqlens)
+    y, state = run_sequences(run, (batch, heads, keys.shape[-1], head_dim), x, initial_state, cu_seqlens)
     if D is not None:
         y = y + D.double()[:, None] * x
     return y.to(out_dtype), state.to(state_dtype) if output_final_state else None
 
 
-def _run_sequences(
+def run_sequences(
     run: Callable[[int, int, Tensor], tuple[Tensor, Tensor]],
-    state_shape: tuple[int, int, int, int],
+    state_shape: tuple[int, ...],
     like: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -106,5 +110,9 @@ def _run_sequences(
     return torch.cat([o for o, _ in results], 1), torch.cat([state for _, state in results], 0)
 
 
-def _state_dtype(x: Tensor) -> torch.dtype:
+def _decay(log_decay: Tensor, spectrum: Tensor | None) -> Tensor:
+    return log_decay.exp() if spectrum is None else extended(log_decay, spectrum.double())
+
+
+def state_dtype_of(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32

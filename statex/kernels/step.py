@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from .lift import channel_mixing, lift_factor, lifted_key, lifted_query
+from .signed import extended
+from .triton_backend import step_kernel
 
 
 @torch.no_grad()
@@ -19,6 +21,7 @@ def gla_step(
     scale: float,
     mixing: Tensor | None = None,
     lift_gamma: Tensor | None = None,
+    spectrum: Tensor | None = None,
 ) -> Tensor:
     """One token of `statex.kernels.gla`. No gradients.
 
@@ -27,7 +30,7 @@ def gla_step(
         k, log_decay: `[B, H, K]`.
         v: `[B, H, V]`.
         state: `[B, H, factor * K, V]`, float32 (or float64); updated in place.
-        scale, mixing, lift_gamma: as in `gla`.
+        scale, mixing, lift_gamma, spectrum: as in `gla`.
 
     Returns:
         `[B, Hq, V]` in the dtype of `q`.
@@ -35,8 +38,13 @@ def gla_step(
     batch, heads, key_dim = k.shape
     factor = lift_factor(lift_gamma, key_dim)
     _check_state(state, (batch, heads, factor * key_dim, v.shape[-1]))
+    if (kernel := step_kernel(state)) is not None:
+        decay = log_decay if spectrum is None else extended(log_decay.float(), spectrum.float())
+        return kernel.gla_step(
+            q, k, v, decay, state, logarithm=spectrum is None, scale=scale, mixing=mixing, lift_gamma=lift_gamma
+        )
     dtype = state.dtype
-    decay = log_decay.to(dtype).exp().repeat(1, 1, factor)
+    decay = _decay(log_decay.to(dtype), spectrum).repeat(1, 1, factor)
     keys = lifted_key(k.to(dtype), factor)
     queries = scale * lifted_query(q.to(dtype), None if lift_gamma is None else lift_gamma.to(dtype))
     queries = queries.unflatten(1, (heads, -1))
@@ -59,6 +67,7 @@ def ssd_step(
     *,
     D: Tensor | None = None,
     lift_gamma: Tensor | None = None,
+    spectrum: Tensor | None = None,
 ) -> Tensor:
     """One token of `statex.kernels.ssd`. No gradients.
 
@@ -68,7 +77,7 @@ def ssd_step(
         A, D: `[H]`.
         B, C: `[B, G, N]`.
         state: `[B, H, factor * N, P]`, float32 (or float64); updated in place.
-        lift_gamma: as in `ssd`.
+        lift_gamma, spectrum: as in `ssd`.
 
     Returns:
         `[B, H, P]` in the dtype of `x`.
@@ -77,17 +86,25 @@ def ssd_step(
     groups, d_state = B.shape[1:]
     factor = lift_factor(lift_gamma, d_state)
     _check_state(state, (batch, heads, factor * d_state, head_dim))
+    if (kernel := step_kernel(state)) is not None:
+        decay = dt.float() * A.float()
+        decay = decay if spectrum is None else extended(decay, spectrum.float())
+        return kernel.ssd_step(x, dt, decay, B, C, state, logarithm=spectrum is None, D=D, lift_gamma=lift_gamma)
     dtype = state.dtype
     values, steps = x.to(dtype), dt.to(dtype)
     keys = lifted_key(B.to(dtype), factor)
     queries = lifted_query(C.to(dtype), None if lift_gamma is None else lift_gamma.to(dtype))
-    state.mul_((steps * A.to(dtype)).exp()[..., None, None])
+    state.mul_(_decay(steps * A.to(dtype), spectrum)[..., None, None])
     by_group = state.unflatten(1, (groups, -1))
     by_group.addcmul_(keys[:, :, None, :, None], (steps[..., None] * values).unflatten(1, (groups, -1))[:, :, :, None, :])
     y = (queries[:, :, None, None, :] @ by_group).squeeze(-2).flatten(1, 2)
     if D is not None:
         y = y + D.to(dtype)[:, None] * values
     return y.to(x.dtype)
+
+
+def _decay(log_decay: Tensor, spectrum: Tensor | None) -> Tensor:
+    return log_decay.exp() if spectrum is None else extended(log_decay, spectrum.to(log_decay.dtype))
 
 
 def _check_state(state: Tensor, expected: tuple[int, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -73,6 +74,22 @@ class StatexCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices` only."""
         self._map(lambda state: state[indices.to(state.device)])
+
+    def branch(self, indices: Tensor) -> StatexCache:
+        """A cache that goes on from the sequences `indices` (repeats allowed); what it reads does not change this one."""
+        other = copy.copy(self)
+        other.layers = [copy.copy(layer) for layer in self.layers]
+        other.batch_select_indices(indices)
+        return other
+
+    def put_back(self, other: StatexCache, indices: Tensor) -> None:
+        """Replace the sequences `indices` by those of another cache of the same model; empty, this one becomes the other."""
+        if not self.is_initialized:
+            self.layers = other.layers
+        else:
+            for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
+                mine[indices.to(mine.device)] = theirs.to(mine.dtype)
+        self.tokens_seen = max(self.tokens_seen, other.tokens_seen)
 
     def reset(self) -> None:
         """Forget everything."""

@@ -66,6 +66,20 @@ class Mixer(nn.Module, ABC):
         """`[B, T, hidden] -> [B, T, hidden]`; reads `state` and leaves in it what the layer remembers after the last token."""
 
 
+def spectrum(layer: LayerDescription, rho: Tensor | None, *shape: int, device: torch.device) -> Tensor | None:
+    """How far the eigenvalues of a layer's steps reach below 0, as kernels take it; None where they do not.
+
+    Args:
+        rho: the layer's `spectrum_rho`, whose numbers stand for equally many of the last dimension's channels each; tanh(ρ).
+        shape: `[heads, key_dim]`, or `[heads]` where a head has one decay.
+    """
+    if layer.spectrum is None:
+        return None
+    if rho is None:
+        return torch.ones(shape, device=device)
+    return torch.tanh(rho).repeat_interleave(shape[-1] // rho.shape[-1], -1)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) · weight over the last dimension, computed in fp32 or in x's higher precision, returned in the weight's dtype."""
 
@@ -104,10 +118,15 @@ class GroupedRMSNorm(nn.Module):
 
 
 class ShortConvolution(nn.Module):
-    """Causal depthwise convolution over a few tokens, then SiLU. Never looks over the start of a packed sequence."""
+    """Causal depthwise convolution over a few tokens, then SiLU. Never looks over the start of a packed sequence.
 
-    def __init__(self, channels: int, width: int, bias: bool) -> None:
+    Args:
+        activate: False leaves the SiLU out.
+    """
+
+    def __init__(self, channels: int, width: int, bias: bool, activate: bool = True) -> None:
         super().__init__()
+        self.activate = activate
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.reset_parameters()
@@ -139,7 +158,7 @@ class ShortConvolution(nn.Module):
         for lag in range(1, history + 1):
             delayed = layout.of_the_same_sequence(inputs[:, history - lag :][:, :length], lag)
             mixed = torch.addcmul(mixed, delayed, taps[history - lag])
-        return F.silu(mixed)
+        return F.silu(mixed) if self.activate else mixed
 
 
 class GatedMLP(nn.Module):

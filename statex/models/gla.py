@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from ..families.description import LayerDescription, ModelDescription
 from ..kernels import gla, gla_step
 from .cache import LayerState
-from .components import GroupedRMSNorm, Mixer, ShortConvolution, TokenLayout
+from .components import GroupedRMSNorm, Mixer, ShortConvolution, TokenLayout, spectrum
 
 CONVOLVED = ("q", "k", "v")
 
@@ -20,10 +20,10 @@ class GLAMixer(Mixer):
     """S_t = Diag(a_t) S_{t-1} + k_t^T v_t, read by q_t; decays a_t = sigmoid(gk)^(1/normalizer); output normed per group and gated.
 
     With `mixing`, value block j of a head reads key block i through M_ij. With `lift`, keys and queries carry products of their
-    channels.
+    channels. With `spectrum`, decays reach below 0.
     """
 
-    keep_in_fp32 = ("gk_proj", "mixing", "lift_gamma")
+    keep_in_fp32 = ("gk_proj", "mixing", "lift_gamma", "spectrum_rho")
 
     def __init__(self, model: ModelDescription, layer: LayerDescription) -> None:
         super().__init__(model, layer)
@@ -56,22 +56,27 @@ class GLAMixer(Mixer):
         layer = self.layer
         self.mixing: nn.Parameter | None = None
         self.lift_gamma: nn.Parameter | None = None
+        self.spectrum_rho: nn.Parameter | None = None
         if layer.mixing is not None:
             rows = layer.blocks if layer.mixing == "scalar" else layer.key_dim
             self.mixing = nn.Parameter(torch.empty(layer.key_heads, rows, layer.blocks))
         if layer.lift > 1:
             self.lift_gamma = nn.Parameter(torch.empty(layer.query_heads, (layer.lift - 1) * layer.key_dim))
+        if layer.spectrum == "learned":
+            self.spectrum_rho = nn.Parameter(torch.empty(layer.key_heads, layer.blocks))
         self.reset_own_parameters()
 
     @torch.no_grad()
     def reset_own_parameters(self) -> None:
-        """Each value block reads its own key block, and nothing lifted."""
+        """Each value block reads its own key block, and nothing lifted; no decay is below 0."""
         if self.mixing is not None:
             _, rows, blocks = self.mixing.shape
             identity = torch.eye(blocks, device=self.mixing.device).repeat_interleave(rows // blocks, dim=0)
             init.copy_(self.mixing, identity.expand_as(self.mixing))
         if self.lift_gamma is not None:
             init.zeros_(self.lift_gamma)
+        if self.spectrum_rho is not None:
+            init.zeros_(self.spectrum_rho)
 
     def forward(self, x: Tensor, layout: TokenLayout, state: LayerState | None = None) -> Tensor:
         """See `Mixer.forward`."""
@@ -99,7 +104,8 @@ class GLAMixer(Mixer):
         return log_decay if self.clamp_min is None else log_decay.clamp_min(self.clamp_min)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, layout: TokenLayout, state: LayerState | None) -> Tensor:
-        scale, expansion = self.layer.scale, {"mixing": self.mixing, "lift_gamma": self.lift_gamma}
+        reach = spectrum(self.layer, self.spectrum_rho, self.layer.key_heads, self.layer.key_dim, device=q.device)
+        scale, expansion = self.layer.scale, {"mixing": self.mixing, "lift_gamma": self.lift_gamma, "spectrum": reach}
         past = None if state is None else state.recurrent
         # The step writes into the state, which autograd could not undo.
         if past is not None and q.shape[1] == 1 and not torch.is_grad_enabled():

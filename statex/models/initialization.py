@@ -23,7 +23,7 @@ _SHARED = {
 def draw_weights(model: StatexForCausalLM, seed: int) -> None:
     """Draw every parameter in place, each from a generator keyed by (seed, its name)."""
     description = model.config.description
-    inits = dict(_SHARED)
+    inits = _SHARED | {f"model.{spec.name}": spec.init for spec in get_family(description.family).model_tensors}
     for index in range(len(description.layers)):
         inits |= {f"model.layers.{index}.{spec.name}": spec.init for spec in get_family(description.family).layer_tensors}
     for name, parameter in model.named_parameters():

@@ -10,16 +10,17 @@ from transformers import initialization as init
 from ..families.description import LayerDescription, ModelDescription
 from ..kernels import ssd, ssd_step
 from .cache import LayerState
-from .components import GroupedRMSNorm, Mixer, ShortConvolution, TokenLayout
+from .components import GroupedRMSNorm, Mixer, ShortConvolution, TokenLayout, spectrum
 
 
 class Mamba2Mixer(Mixer):
     """S_t = exp(dt_t A) S_{t-1} + dt_t B_t^T x_t, y_t = C_t S_t + D x_t; y · SiLU(z) normed per group.
 
-    B and C, the key and the query, are shared by the heads of a group. With `lift` they carry products of their channels.
+    B and C, the key and the query, are shared by the heads of a group. With `lift` they carry products of their channels. With
+    `spectrum`, decays reach below 0.
     """
 
-    keep_in_fp32 = ("A_log", "dt_bias", "D", "lift_gamma")
+    keep_in_fp32 = ("A_log", "dt_bias", "D", "lift_gamma", "spectrum_rho")
 
     def __init__(self, model: ModelDescription, layer: LayerDescription) -> None:
         super().__init__(model, layer)
@@ -36,6 +37,7 @@ class Mamba2Mixer(Mixer):
         self.lift_gamma: nn.Parameter | None = None
         if layer.lift > 1:
             self.lift_gamma = nn.Parameter(torch.empty(layer.key_heads, (layer.lift - 1) * layer.key_dim))
+        self.spectrum_rho = nn.Parameter(torch.empty(heads)) if layer.spectrum == "learned" else None
         self.norm = GroupedRMSNorm(channels, layer.norm_groups, model.norm_eps, channels)
         self.out_proj = nn.Linear(channels, model.hidden_size, bias=options["use_bias"])
         self.time_step_limit = options["time_step_limit"]
@@ -43,7 +45,7 @@ class Mamba2Mixer(Mixer):
 
     @torch.no_grad()
     def reset_own_parameters(self) -> None:
-        """S4D-real decays, time steps from 0.001 to 0.1, nothing lifted."""
+        """S4D-real decays, time steps from 0.001 to 0.1, nothing lifted, no decay below 0."""
         heads = self.A_log.shape[0]
         init.copy_(self.A_log, torch.arange(1, heads + 1, device=self.A_log.device).log())
         steps = torch.logspace(-3, -1, heads, device=self.dt_bias.device)
@@ -51,6 +53,8 @@ class Mamba2Mixer(Mixer):
         init.ones_(self.D)
         if self.lift_gamma is not None:
             init.zeros_(self.lift_gamma)
+        if self.spectrum_rho is not None:
+            init.zeros_(self.spectrum_rho)
 
     def forward(self, x: Tensor, layout: TokenLayout, state: LayerState | None = None) -> Tensor:
         """See `Mixer.forward`."""
@@ -75,12 +79,14 @@ class Mamba2Mixer(Mixer):
 
     def _scan(self, values: Tensor, dt: Tensor, B: Tensor, C: Tensor, layout: TokenLayout, state: LayerState | None) -> Tensor:
         A = -torch.exp(self.A_log.to(dt.dtype))
+        reach = spectrum(self.layer, self.spectrum_rho, self.layer.value_heads, device=values.device)
+        options = {"D": self.D, "lift_gamma": self.lift_gamma, "spectrum": reach}
         past = None if state is None else state.recurrent
         # The step writes into the state, which autograd could not undo.
         if past is not None and values.shape[1] == 1 and not torch.is_grad_enabled():
-            return ssd_step(values[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], past, D=self.D, lift_gamma=self.lift_gamma)[:, None]
+            return ssd_step(values[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], past, **options)[:, None]
         y, final = ssd(
-            values, dt, A, B, C, D=self.D, lift_gamma=self.lift_gamma, initial_state=past, output_final_state=state is not None,
+            values, dt, A, B, C, **options, initial_state=past, output_final_state=state is not None,
             cu_seqlens=layout.cu_seqlens, backend=self.backend,
         )  # fmt: skip
         if state is not None:

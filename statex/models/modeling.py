@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -18,10 +19,22 @@ from ..kernels import BACKENDS
 from .cache import StatexCache
 from .components import GatedMLP, Mixer, RMSNorm, ShortConvolution, TokenLayout
 from .configuration import StatexConfig
+from .delta_rule import DeltaNetMixer, GatedDeltaNetMixer
 from .gla import GLAMixer
+from .hgrn import HGRNMixer
+from .loss import next_token_loss
+from .mamba import MambaMixer
 from .mamba2 import Mamba2Mixer
 
-MIXERS: dict[str, type[Mixer]] = {"gla": GLAMixer, "mamba2": Mamba2Mixer}
+MIXERS: dict[str, type[Mixer]] = {
+    "gla": GLAMixer,
+    "mamba2": Mamba2Mixer,
+    "delta_net": DeltaNetMixer,
+    "gated_deltanet": GatedDeltaNetMixer,
+    "hgrn": HGRNMixer,
+    "hgrn2": HGRNMixer,
+    "mamba": MambaMixer,
+}
 """Mixer of each family. A new family adds its file and a line here."""
 
 
@@ -39,12 +52,19 @@ class StatexBlock(GradientCheckpointingLayer):
             self.mlp_norm = RMSNorm(model.hidden_size, model.norm_eps)
             self.mlp = GatedMLP(model.hidden_size, model.intermediate_size, model.hidden_act)
 
-    def forward(self, hidden_states: Tensor, layout: TokenLayout, past_key_values: StatexCache | None = None) -> Tensor:
-        """`[B, T, hidden] -> [B, T, hidden]`."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layout: TokenLayout,
+        lower_bound: Tensor | None = None,
+        past_key_values: StatexCache | None = None,
+    ) -> Tensor:
+        """`[B, T, hidden] -> [B, T, hidden]`; `lower_bound` goes to mixers that have one."""
         state = None if past_key_values is None else past_key_values.layers[self.index]
         if self.residual_in_fp32:
             hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-        hidden_states = hidden_states + self.mixer(self.mixer_norm(hidden_states), layout, state)
+        bounds = {} if lower_bound is None else {"lower_bound": lower_bound}
+        hidden_states = hidden_states + self.mixer(self.mixer_norm(hidden_states), layout, state, **bounds)
         if self.has_mlp:
             hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
         return hidden_states
@@ -59,7 +79,9 @@ class StatexPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["StatexBlock"]  # noqa: RUF012
     _is_stateful = True
-    _keep_in_fp32_modules_strict = sorted({rf"mixer\.{name}" for mixer in MIXERS.values() for name in mixer.keep_in_fp32})
+    _keep_in_fp32_modules_strict = sorted(
+        {"lower_bounds"} | {rf"mixer\.{name}" for mixer in MIXERS.values() for name in mixer.keep_in_fp32}
+    )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -68,6 +90,8 @@ class StatexPreTrainedModel(PreTrainedModel):
             module.reset_own_parameters()
         elif isinstance(module, ShortConvolution):
             module.reset_parameters()
+        elif isinstance(module, StatexModel) and module.lower_bounds is not None:
+            init.zeros_(module.lower_bounds)
 
     def set_backend(self, backend: str) -> None:
         """Choose the kernels of all mixers: `auto`, `reference`, `chunked`. Raises `ValueError` on any other name."""
@@ -85,6 +109,9 @@ class StatexModel(StatexPreTrainedModel):
         super().__init__(config)
         description = config.description
         self.embeddings = nn.Embedding(description.vocab_size, description.hidden_size)
+        self.lower_bounds: nn.Parameter | None = None
+        if description.lower_bound_channels is not None:
+            self.lower_bounds = nn.Parameter(torch.zeros(len(description.layers), description.lower_bound_channels))
         self.layers = nn.ModuleList(StatexBlock(description, layer, index) for index, layer in enumerate(description.layers))
         self.norm = RMSNorm(description.hidden_size, description.norm_eps)
         self.gradient_checkpointing = False
@@ -125,10 +152,10 @@ class StatexModel(StatexPreTrainedModel):
             mask = None if mask is None else mask.flatten()[None]
         layout = TokenLayout(mask, cu_seqlens)
         visited = []
-        for block in self.layers:
+        for block, lower_bound in zip(self.layers, self._bounds_by_layer(), strict=True):
             if output_hidden_states:
                 visited.append(hidden_states)
-            hidden_states = block(hidden_states, layout, past_key_values=past_key_values)
+            hidden_states = block(hidden_states, layout, lower_bound, past_key_values=past_key_values)
         hidden_states = self.norm(hidden_states)
         if past_key_values is not None:
             past_key_values.advance(shape[1])
@@ -139,6 +166,14 @@ class StatexModel(StatexPreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=tuple(visited) if output_hidden_states else None,
         )
+
+    def _bounds_by_layer(self) -> list[Tensor | None]:
+        """Least forget gates `[channels]` of each layer, rising from 0 in the first: None where that is so for all channels."""
+        if self.lower_bounds is None:
+            return [None] * len(self.layers)
+        with torch.autocast(self.lower_bounds.device.type, enabled=False):
+            shares = self.lower_bounds.softmax(0)
+            return [None, *(shares[1:].cumsum(0)).unbind(0)]
 
     def _cache(self, past_key_values: StatexCache | None, use_cache: bool, cu_seqlens: Tensor | None) -> StatexCache | None:
         if past_key_values is not None and not isinstance(past_key_values, StatexCache):
@@ -234,6 +269,7 @@ class StatexForCausalLM(StatexPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        return_logits: bool = True,
         cu_seqlens: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -247,6 +283,7 @@ class StatexForCausalLM(StatexPreTrainedModel, GenerationMixin):
             use_cache: whether to return `past_key_values`; by default as in the config, but not in training, with labels or packed
                 rows.
             logits_to_keep: only the last n positions' logits (0: all), or those at an index tensor.
+            return_logits: False where `labels` are given and the loss alone is wanted: the logits then never exist all at once.
             cu_seqlens: `[N + 1]` borders of sequences packed one after another into the B rows, counted over all B·T tokens, from 0
                 to B·T: states and convolutions restart at each. Row ends should be among them. The caller sets the label of each
                 sequence's first token to -100.
@@ -264,6 +301,12 @@ class StatexForCausalLM(StatexPreTrainedModel, GenerationMixin):
             cu_seqlens=cu_seqlens,
         )
         hidden_states = outputs.last_hidden_state
+        if labels is not None and not return_logits:
+            divisor = kwargs.get("num_items_in_batch")
+            loss = next_token_loss(self.lm_head, hidden_states, labels, self.config.description.vocab_size, divisor)
+            return CausalLMOutputWithPast(
+                loss=loss, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, kept])
         loss = None

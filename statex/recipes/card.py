@@ -10,7 +10,7 @@ import transformers
 
 from .. import __version__
 from ..checkpoints import Checkpoint
-from .schema import Entry, Recipe, TextEntry
+from .schema import Entry, Recipe, TextEntry, TrackingEntry
 from .trainer import Progress
 
 
@@ -66,4 +66,6 @@ def model_card(name: str, told: Mapping[str, Any], recipe: Recipe, source: Check
 def _entry(entry: Entry) -> str:
     if isinstance(entry, TextEntry):
         return f"`{entry.path}` (weight {entry.weight:g})"
+    if isinstance(entry, TrackingEntry):
+        return f"words of {', '.join(entry.problems)}, up to {entry.longest} symbols (weight {entry.weight:g})"
     return f"synthetic recall rows of {', '.join(map(str, entry.num_pairs))} pairs (weight {entry.weight:g})"

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..errors import RecipeError
-from .schema import MqarEntry, Recipe, TextEntry
+from .schema import MqarEntry, Recipe, TextEntry, TrackingEntry
 
 SHIPPED = Path(__file__).parent / "shipped"
 
@@ -120,7 +120,7 @@ def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[st
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from known_keys(field.annotation, f"{prefix}{name}.")
         elif name == "mixture":
-            for entry in (TextEntry, MqarEntry):
+            for entry in (TextEntry, MqarEntry, TrackingEntry):
                 yield from known_keys(entry, f"{prefix}{name}.0.")
 
 

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..evals.tracking_rows import PROBLEMS
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -50,7 +52,35 @@ class MqarEntry(Section):
     weight: Positive = Field(default=1.0, description="Share of the tokens, relative to the other entries.")
 
 
-Entry = Annotated[TextEntry | MqarEntry, Field(discriminator="kind")]
+class TrackingEntry(Section):
+    """Synthetic words whose answer after each symbol is a state that every symbol changes; only the answers count in the loss."""
+
+    kind: Literal["tracking"] = Field(
+        description="State tracking: parity, modular arithmetic, words over groups (arXiv 2411.12537)."
+    )
+    problems: Annotated[list[Literal[tuple(PROBLEMS)]], Field(min_length=1)] = Field(  # type: ignore[valid-type]
+        description="What the symbols do; each row draws one of these."
+    )
+    shortest: Count = Field(default=3, description="Symbols of a row, at least.")
+    longest: Count = Field(default=40, description="Symbols of a row, at most.")
+    growth: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="Rows over which the longest grow, by equal factors, from `shortest` to `longest`: what counts to five soon "
+        "counts to ten. 0: rows of all lengths from the start.",
+    )
+    weight: Positive = Field(default=1.0, description="Share of the tokens, relative to the other entries.")
+
+    @model_validator(mode="after")
+    def _some_length(self) -> TrackingEntry:
+        if self.shortest > self.longest:
+            raise ValueError(f"shortest ({self.shortest}) is more than longest ({self.longest})")
+        for name in self.problems:
+            if self.longest < PROBLEMS[name].shortest:
+                raise ValueError(f"a row of {name} has at least {PROBLEMS[name].shortest} symbols, and longest is {self.longest}")
+        return self
+
+
+Entry = Annotated[TextEntry | MqarEntry | TrackingEntry, Field(discriminator="kind")]
 Mixture = Annotated[list[Entry], Field(min_length=1)]
 
 

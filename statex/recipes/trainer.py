@@ -262,7 +262,9 @@ class Trainer:
 
     def _forward(self, batch: Batch, divisor: float) -> torch.Tensor:
         with torch.autocast(**self.autocast):
-            loss: torch.Tensor = self.parallel(**batch.inputs(self.accelerator.device), num_items_in_batch=divisor).loss
+            loss: torch.Tensor = self.parallel(
+                **batch.inputs(self.accelerator.device), num_items_in_batch=divisor, return_logits=False
+            ).loss
         return loss
 
     def _sum(self, *values: float) -> torch.Tensor:

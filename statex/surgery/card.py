@@ -23,8 +23,9 @@ def model_card(summary: ExpansionSummary, provenance: Mapping[str, Any], *, hub_
     front = ["---", "library_name: statex", "tags:", "- statex", f"- {summary.family}", "pipeline_tag: text-generation"]
     front += [f"base_model: {hub_id}"] if hub_id is not None else []
     used = dict.fromkeys(row.operator for row in summary.rows)
+    changed = f"enlarged ×{summary.state_growth:.2f}" if summary.state_growth != 1 else "given eigenvalues below 0"
     rows = [
-        f"| {row.layer} | {row.operator} ×{row.factor}, {row.init} | {heads(row.before)} → {heads(row.after)} "
+        f"| {row.layer} | {row.label} | {heads(row.before)} → {heads(row.after)} "
         f"| {arrow(row.cost_before.state_elements, row.cost_after.state_elements)} | {row.new_parameters:,} |"
         for row in summary.rows
     ]
@@ -36,7 +37,7 @@ def model_card(summary: ExpansionSummary, provenance: Mapping[str, Any], *, hub_
             "",
             f"# {summary.source.rstrip('/').split('/')[-1]}, expanded",
             "",
-            f"A `{summary.family}` language model whose recurrent state was enlarged ×{summary.state_growth:.2f} by statex. "
+            f"A `{summary.family}` language model whose recurrent state was {changed} by statex. "
             f"This checkpoint {INIT_MEANING[strongest]}.",
             "",
             *(f"- {name} {OPERATORS[name].summary}." for name in used),

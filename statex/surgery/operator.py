@@ -22,7 +22,10 @@ Tensors = Mapping[str, LazyTensor]
 
 @dataclass(frozen=True)
 class Options:
-    """What every operator can be told. A field's metadata holds its `help`, and as `only` the init that reads it, if not all do."""
+    """What every operator can be told.
+
+    A field's metadata holds its `help`, as `only` the init that reads it, if not all do, and as `family` the family, likewise.
+    """
 
     factor: int | None = field(default=None, metadata={"help": "how many times larger the state of each layer becomes"})
     init: InitName = field(
@@ -70,7 +73,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Operator:
-    """One way to enlarge a layer's state.
+    """One way to enlarge a layer's state, or to let it do more.
 
     Attributes:
         name: as written in plans.

@@ -44,11 +44,17 @@ class Operation:
     operator: Operator
     layers: tuple[int, ...]
     options: Options
+    family: str
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry as written in a plan, with every option that its init reads."""
-        read = [field.name for field in dataclasses.fields(self.options) if field.metadata.get("only") in (None, self.options.init)]
+        """The entry as written in a plan, with every option that its init, and the family, reads."""
+        read = [field.name for field in dataclasses.fields(self.options) if self._reads(field)]
         return {"operator": self.operator.name, "layers": list(self.layers), **{name: getattr(self.options, name) for name in read}}
+
+    def _reads(self, field: dataclasses.Field[Any]) -> bool:
+        told = getattr(self.options, field.name) != field.default
+        known = field.metadata.get("family") in (None, self.family) or told
+        return known and field.metadata.get("only") in (None, self.options.init)
 
 
 @dataclass(frozen=True)
@@ -151,13 +157,14 @@ def _resolve_entry(entry: Any, checkpoint: Subject, where: str) -> list[Operatio
     indices = parse_layers(spec, len(description.layers), where)
     options = _parse_options(operator, {key: value for key, value in entry.items() if key in fields}, where)
     if options.factor is not None:
-        return [Operation(operator, indices, options)]
+        return [Operation(operator, indices, options, family.name)]
     by_factor: dict[int, list[int]] = {}
     for index in indices:
         factor = (family.default_factor if papers else None) or operator.default_factor(description.layers[index])
         by_factor.setdefault(factor, []).append(index)
     return [
-        Operation(operator, tuple(members), dataclasses.replace(options, factor=factor)) for factor, members in by_factor.items()
+        Operation(operator, tuple(members), dataclasses.replace(options, factor=factor), family.name)
+        for factor, members in by_factor.items()
     ]
 
 
@@ -168,6 +175,9 @@ def parse_layers(spec: Any, count: int, where: str) -> tuple[int, ...]:
         PlanError: malformed, empty, or out of the range 0 to count-1.
     """
     fix = "Use all, every:6, or a list such as 0,6,12"
+    if isinstance(spec, str) and spec.strip() == "auto":
+        measured = "Use --layers auto with no plan file, or the list that `statex diagnose` or statex.auto_layers gives"
+        raise PlanError("layers `auto` are measured, which a plan cannot do", where=where, fix=measured)
     if isinstance(spec, str) and spec.strip() == "all":
         return tuple(range(count))
     if isinstance(spec, str) and spec.startswith("every:"):

@@ -83,6 +83,11 @@ class ExpansionRow:
     cost_after: Cost
 
     @property
+    def label(self) -> str:
+        """`lift_keys ×4, preserve`; operators that enlarge nothing have no factor."""
+        return f"{self.operator}{f' ×{self.factor}' if self.factor > 1 else ''}, {self.init}"
+
+    @property
     def new_parameters(self) -> int:
         """Weights that the layer has now and had not before."""
         return self.cost_after.parameters - self.cost_before.parameters
@@ -158,7 +163,7 @@ class ExpansionSummary:
             was, now = row.cost_before, row.cost_after
             table.add_row(
                 str(row.layer),
-                f"{row.operator} ×{row.factor}, {row.init}",
+                row.label,
                 f"{heads(row.before)} → {heads(row.after)}",
                 arrow(was.state_elements, now.state_elements),
                 arrow(was.state_bytes, now.state_bytes, binary),

@@ -17,7 +17,19 @@ from safetensors.torch import load_file
 from statex.checkpoints import Checkpoint, CheckpointWriter, TensorInfo, canonical_config, export_native, open_checkpoint
 from statex.errors import CheckpointError, ExportError
 from statex.families import LayerDescription, ModelDescription
-from tests.fixtures import WRITERS, random_tensor, write_gla, write_mamba2, write_mamba_ssm
+from tests.fixtures import (
+    WRITERS,
+    random_tensor,
+    write_delta_net,
+    write_gated_deltanet,
+    write_gla,
+    write_hgrn,
+    write_hgrn2,
+    write_mamba,
+    write_mamba1_ssm,
+    write_mamba2,
+    write_mamba_ssm,
+)
 
 SOURCES: dict[str, Callable[[Path], Path]] = {
     "gla": lambda path: write_gla(path, dtype=torch.bfloat16),
@@ -25,6 +37,30 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
         path, fuse_norm=False, tie_word_embeddings=True, num_kv_heads=2, use_short_conv=True, conv_bias=True
     ),
     "gla without output gate": lambda path: write_gla(path, dtype=torch.float16, use_output_gate=False),
+    "delta_net": lambda path: write_delta_net(path, dtype=torch.bfloat16),
+    "delta_net, gate, no beta, odd norms, negative eigenvalues": lambda path: write_delta_net(
+        path, use_gate=True, use_beta=False, qk_norm="sum", qk_activation="elu", allow_neg_eigval=True, conv_bias=True
+    ),
+    "gated_deltanet, tied": lambda path: write_gated_deltanet(path, tie_word_embeddings=True),
+    "gated_deltanet, grouped values, negative eigenvalues": lambda path: write_gated_deltanet(
+        path, dtype=torch.float16, num_heads=2, num_v_heads=6, use_short_conv=False, allow_neg_eigval=True
+    ),
+    "hgrn": lambda path: write_hgrn(path, dtype=torch.bfloat16),
+    "hgrn, wide, convolutions, tied": lambda path: write_hgrn(
+        path, expand_ratio=2, use_short_conv=True, conv_bias=True, tie_word_embeddings=True
+    ),
+    "hgrn2": lambda path: write_hgrn2(path, dtype=torch.bfloat16, use_short_conv=True),
+    "hgrn2, num_heads, no bounds, no norm weight": lambda path: write_hgrn2(
+        path, expand_ratio=None, use_lower_bound=False, elementwise_affine=False
+    ),
+    "mamba": lambda path: write_mamba(path, dtype=torch.bfloat16),
+    "mamba, biases, auto rank, tied": lambda path: write_mamba(
+        path, use_bias=True, use_conv_bias=False, time_step_rank="auto", tie_word_embeddings=True
+    ),
+    "state-spaces' mamba": lambda path: write_mamba1_ssm(path, dtype=torch.float16),
+    "state-spaces' mamba, untied, options": lambda path: write_mamba1_ssm(
+        path, tie_embeddings=False, ssm_cfg={"layer": "Mamba1", "dt_rank": 5, "conv_bias": False}
+    ),
     "mamba2": lambda path: write_mamba2(path, dtype=torch.bfloat16, time_step_limit=[0.0, {"__float__": "Infinity"}]),
     "mamba2, groups, biases, tied": lambda path: write_mamba2(path, n_groups=2, use_bias=True, tie_word_embeddings=True),
     "state-spaces, tied": lambda path: write_mamba_ssm(path, dtype=torch.float16),
@@ -93,12 +129,12 @@ def test_a_tied_head_of_a_bin_shares_storage_as_in_the_source(tmp_path: Path) ->
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "pytorch_model.bin"]
 
 
-@pytest.mark.parametrize("kind", ["transformers", "mamba_ssm"])
+@pytest.mark.parametrize("kind", ["mamba2 (transformers)", "mamba2 (mamba_ssm)"])
 def test_a_widened_mamba2_exports_with_its_new_state_size(tmp_path: Path, kind: str) -> None:
     source = WRITERS[kind](tmp_path / "source")
     canonical(source, tmp_path / "wide", lambda index, layer: layer.replace(key_dim=4 * layer.key_dim))
     export_native(tmp_path / "wide", tmp_path / "out")
-    changed = {"state_size": 32} if kind == "transformers" else {"ssm_cfg": config_of(source)["ssm_cfg"] | {"d_state": 32}}
+    changed = {"state_size": 32} if "transformers" in kind else {"ssm_cfg": config_of(source)["ssm_cfg"] | {"d_state": 32}}
     assert config_of(tmp_path / "out") == config_of(source) | changed
     with open_checkpoint(tmp_path / "out") as out, open_checkpoint(tmp_path / "wide") as wide:
         assert out.description == wide.description

@@ -91,8 +91,9 @@ def test_tasks_that_need_data_are_left_out_when_none_is_named(good: EvalResult) 
 
 def test_results_survive_the_file(good: EvalResult, tmp_path: Path) -> None:
     paths = good.save(tmp_path / "deep" / "folder")
-    assert [path.name for path in paths] == ["results.json", "mqar.png", "passkey.png", "niah.png", "perplexity.png"]
-    assert all(width_of(path) > 600 for path in paths[1:])
+    figures = ["mqar.png", "passkey.png", "niah.png", "perplexity.png"]
+    assert [path.name for path in paths] == ["results.json", *figures, "report.html", "report.md"]
+    assert all(width_of(path) > 600 for path in paths[1:5])
     assert load_result(paths[0]) == load_result(paths[0].parent) == good
     assert not list(paths[0].parent.glob(".*"))
 
@@ -141,10 +142,11 @@ def test_a_comparison_shows_the_gain_and_writes_its_files(good: EvalResult, bad:
     comparison = compare([tmp_path / "bad", tmp_path / "good"], tmp_path / "out")
     assert comparison.names == ["bad", "good"]
     text = text_of(comparison.table())
-    assert "+1.00 [+1.00, +1.00] better" in text
+    assert "+1.00 [+0.86, +1.00] better" in text
     names = {path.name for path in comparison.paths}
     figures = {f"compare_{task}.png" for task in ("mqar", "passkey", "niah", "perplexity")}
-    assert names == {"compare.json", "compare.csv"} | figures
+    grids = {f"compare_{task}_{number}.png" for task in ("passkey", "niah") for number in (1, 2)}
+    assert names == {"compare.json", "compare.csv", "report.html", "report.md"} | figures | grids
     assert all(path.stat().st_size > 0 for path in comparison.paths)
     rows = list(csv.DictReader((tmp_path / "out" / "compare.csv").open()))
     (row,) = (row for row in rows if row["at"] == "num_pairs=4" and row["checkpoint"] == "good")
@@ -162,6 +164,19 @@ def test_a_result_compared_with_itself_shows_no_difference(good: EvalResult) -> 
     assert all(row.differences[1] is not None and row.differences[1].value == 0 for row in comparison.rows)
 
 
+def test_a_table_is_judged_as_a_whole_and_its_questions_together(good: EvalResult, bad: EvalResult) -> None:
+    """Six rows that all gained give p = 2/2^6 = 0.031: enough for one comparison, and after correction not for two."""
+    comparison = compare([bad, good])
+    sizes = [row.differences[1] for row in comparison.rows if row.task == "mqar" and row.at]
+    assert [(gain.p, gain.adjusted, gain.shown) for gain in sizes if gain] == [(2 / 2**6, 4 / 2**6, False)] * 2
+    together = comparison.summary("mqar")
+    assert together is not None
+    gain = together.differences[1]
+    assert gain is not None
+    assert (gain.value, gain.p, gain.adjusted, gain.shown) == (1, 2 / 2**6, None, True)
+    assert comparison.summary("perplexity") is None
+
+
 def test_results_on_other_inputs_are_not_paired(good: EvalResult) -> None:
     other = evaluate(Rule(knows_nothing), ["mqar"], tokenizer=BYTES, samples=6, seed=1, num_pairs=[2, 4], progress=False)
     comparison = compare([good, other])
@@ -172,7 +187,7 @@ def test_results_on_other_inputs_are_not_paired(good: EvalResult) -> None:
 def test_needles_are_compared_at_every_depth_and_over_all(good: EvalResult, bad: EvalResult) -> None:
     points = [row.at for row in compare([good, bad]).rows if row.task == "niah"]
     expected = [[{"length": length, "depth": 0.0}, {"length": length, "depth": 1.0}, {"length": length}] for length in (256, 320)]
-    assert points == [*expected[0], *expected[1]]
+    assert points == [*expected[0], *expected[1], {}]
     pooled = good.tasks["niah"].pooled(length=256)
     assert (pooled.n, pooled.rows, pooled.correct) == (12, 6, 12)
 

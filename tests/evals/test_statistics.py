@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from statex.evals.statistics import paired_difference, proportion, ratio, wilson
+from statex.evals.statistics import SIGN, STUDENT, holm, paired_difference, proportion, ratio, t95, t_inside, wilson
 
 
 @pytest.mark.parametrize(
@@ -77,3 +77,63 @@ def test_equal_outcomes_show_no_difference() -> None:
     rows = np.random.default_rng(4).integers(0, 9, 40)
     difference = paired_difference(rows, rows, np.full(40, 8))
     assert (difference.value, difference.low, difference.high, difference.p) == (0, 0, 0, 1)
+
+
+def test_the_interval_of_a_paired_difference_of_proportions_is_newcombes() -> None:
+    """The worked example of Newcombe (1998): 36 pairs right in both, 12 in the first only, 2 in the second only."""
+    first, second = [1] * 36 + [0] * 2 + [1] * 12, [1] * 36 + [1] * 2 + [0] * 12
+    difference = paired_difference(second, first, [1] * 50, proportions=True)
+    assert (difference.value, difference.low, difference.high) == pytest.approx((0.2, 0.0569, 0.3404), abs=1e-4)
+    assert difference.test == SIGN
+
+
+def test_all_against_nothing_has_an_interval_that_is_not_a_point() -> None:
+    difference = paired_difference([0] * 6, [8] * 6, [8] * 6, proportions=True)
+    assert difference.value == difference.high == 1
+    assert 0.8 < difference.low < 0.99
+
+
+@pytest.mark.parametrize("rows", [12, 25, 60])
+def test_paired_tests_find_a_difference_that_is_not_there_in_five_percent_at_most(rows: int) -> None:
+    rng, found, covered = np.random.default_rng(rows), 0, 0
+    for _ in range(200):
+        skill = rng.beta(3, 2, rows)
+        first, second = rng.binomial(8, skill), rng.binomial(8, skill)
+        difference = paired_difference(first, second, [8] * rows, proportions=True)
+        found += difference.shown
+        covered += difference.low <= 0 <= difference.high
+    assert found / 200 <= 0.09
+    assert 0.9 <= covered / 200 <= 0.99
+
+
+def test_few_rows_are_tested_by_flipping_signs_and_many_by_student() -> None:
+    gains = np.array([3.0, 1, 2, 4, 2, 1, 3, 2])
+    few = paired_difference(np.zeros(8), gains, np.full(8, 10))
+    assert few.p == pytest.approx(2 / 2**8)
+    many = paired_difference(np.zeros(40), np.tile(gains, 5), np.full(40, 10))
+    assert many.test == STUDENT
+    seventeen = paired_difference(np.zeros(17), np.arange(2.0, 19), np.full(17, 20))
+    assert 0 < seventeen.p < 0.001
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (5, 2.5706), (10, 2.2281), (30, 2.0423), (1000, 1.9623)]
+)
+def test_quantiles_of_students_t_are_those_of_the_tables(freedom: int, quantile: float) -> None:
+    assert t95(freedom) == pytest.approx(quantile, abs=5e-5)
+    assert t_inside(quantile, freedom) == pytest.approx(0.95, abs=1e-5)
+    assert t95(0) == np.inf
+
+
+def test_holms_correction_is_that_of_the_definition() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_many_comparisons_of_equal_checkpoints_rarely_show_any_difference() -> None:
+    rng, families = np.random.default_rng(7), 0
+    for _ in range(200):
+        p = [paired_difference(*rng.binomial(1, 0.5, (2, 40)), np.ones(40)).p for _ in range(10)]
+        families += min(holm(p)) < 0.05
+    assert families / 200 <= 0.08

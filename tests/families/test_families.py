@@ -90,7 +90,118 @@ def mamba2_configs(draw: st.DrawFn) -> dict[str, Any]:
     return config | {key: optional[key] for key in draw(st.sets(st.sampled_from(sorted(optional))))}
 
 
-CONFIGS = {"gla": gla_configs(), "mamba2": mamba2_configs()}
+@st.composite
+def delta_net_configs(draw: st.DrawFn) -> dict[str, Any]:
+    heads = draw(st.integers(1, 4))
+    config = {
+        "hidden_size": heads * draw(st.sampled_from([4, 6, 8])),
+        "num_heads": heads,
+        "num_hidden_layers": draw(st.integers(1, 5)),
+        "vocab_size": draw(st.integers(1, 99)),
+    }
+    optional = {
+        "expand_k": 0.5,
+        "expand_v": 2.0,
+        "intermediate_size": 24,
+        "hidden_ratio": 3,
+        "use_gate": True,
+        "use_beta": False,
+        "use_short_conv": False,
+        "conv_size": 3,
+        "allow_neg_eigval": True,
+        "qk_norm": "sum",
+        "qk_activation": "elu",
+        "use_output_norm": False,
+        "norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "anything_else": {"kept": 1},
+    }
+    return config | {key: optional[key] for key in draw(st.sets(st.sampled_from(sorted(optional))))}
+
+
+@st.composite
+def gated_deltanet_configs(draw: st.DrawFn) -> dict[str, Any]:
+    heads, head_dim = draw(st.integers(1, 4)), draw(st.sampled_from([6, 7, 12]))
+    config = {
+        "hidden_size": draw(st.sampled_from([8, 24])),
+        "num_heads": heads,
+        "head_dim": head_dim,
+        "num_hidden_layers": draw(st.integers(1, 5)),
+        "vocab_size": draw(st.integers(1, 99)),
+    }
+    optional = {
+        "num_v_heads": heads * draw(st.integers(1, 3)),
+        "expand_v": draw(st.integers(1, 30)) / head_dim,
+        "intermediate_size": 24,
+        "hidden_ratio": 3,
+        "use_gate": False,
+        "output_gate_activation": "sigmoid",
+        "use_short_conv": False,
+        "conv_size": 3,
+        "allow_neg_eigval": True,
+        "norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "anything_else": {"kept": 1},
+    }
+    return config | {key: optional[key] for key in draw(st.sets(st.sampled_from(sorted(optional))))}
+
+
+@st.composite
+def hgrn_configs(draw: st.DrawFn, family: str) -> dict[str, Any]:
+    width, heads = draw(st.sampled_from([4, 6, 8])), draw(st.integers(1, 4))
+    config = {
+        "hidden_size": width * heads,
+        "num_hidden_layers": draw(st.integers(1, 5)),
+        "vocab_size": draw(st.integers(1, 99)),
+    }
+    sizes = [{}, {"expand_ratio": 2}, {"expand_ratio": 1.5}]
+    if family == "hgrn2":
+        sizes = [{"expand_ratio": width}, {"expand_ratio": width, "num_heads": heads}, {"expand_ratio": None, "num_heads": heads}]
+    optional = {
+        "use_lower_bound": False,
+        "intermediate_size": 24,
+        "hidden_ratio": 3,
+        "use_short_conv": True,
+        "conv_size": 3,
+        "elementwise_affine": False,
+        "norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "attn_mode": "chunk",
+        "anything_else": {"kept": 1},
+    }
+    chosen = draw(st.sets(st.sampled_from(sorted(optional))))
+    return config | draw(st.sampled_from(sizes)) | {key: optional[key] for key in chosen}
+
+
+@st.composite
+def mamba_configs(draw: st.DrawFn) -> dict[str, Any]:
+    hidden = draw(st.sampled_from([8, 20, 32]))
+    config = {"hidden_size": hidden, "num_hidden_layers": draw(st.integers(1, 5)), "vocab_size": draw(st.integers(1, 99))}
+    optional = {
+        "state_size": 24,
+        "expand": draw(st.sampled_from([1, 3, 1.5])),
+        "conv_kernel": 3,
+        "use_bias": True,
+        "use_conv_bias": False,
+        "time_step_rank": draw(st.sampled_from(["auto", 1, 5])),
+        "layer_norm_epsilon": 1e-6,
+        "residual_in_fp32": False,
+        "time_step_min": 0.01,
+        "tie_word_embeddings": False,
+        "anything_else": {"kept": 1},
+    }
+    return config | {key: optional[key] for key in draw(st.sets(st.sampled_from(sorted(optional))))}
+
+
+CONFIGS = {
+    "gla": gla_configs(),
+    "hgrn": hgrn_configs("hgrn"),
+    "hgrn2": hgrn_configs("hgrn2"),
+    "mamba": mamba_configs(),
+    "mamba2": mamba2_configs(),
+    "delta_net": delta_net_configs(),
+    "gated_deltanet": gated_deltanet_configs(),
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -181,10 +292,63 @@ def test_decay_parameters_norms_and_biases_are_marked_as_such(family: str) -> No
     for name, role in roles.items():
         if "norm" in name:
             assert role == "norm"
-        elif any(part in name for part in ("A_log", "dt_bias", "mixer.D", "gk_proj")):
+        elif any(part in name for part in ("A_log", "dt_bias", "dt_proj", "mixer.D", "gk_proj")):
             assert role == "decay"
         elif name.endswith("bias"):
             assert role == "bias"
+
+
+HGRN2_WIDTHS = {
+    "as in fla's default": ({"hidden_size": 512}, 4, 128),
+    "expand_ratio": ({"hidden_size": 32, "expand_ratio": 8}, 4, 8),
+    "num_heads where expand_ratio is null": ({"hidden_size": 32, "expand_ratio": None, "num_heads": 2}, 2, 16),
+    "both": ({"hidden_size": 32, "expand_ratio": 8, "num_heads": 4}, 4, 8),
+}
+
+
+@pytest.mark.parametrize("case", HGRN2_WIDTHS)
+def test_hgrn2_heads_are_as_wide_as_fla_makes_them(case: str) -> None:
+    config, heads, width = HGRN2_WIDTHS[case]
+    layer = get_family("hgrn2").describe(config, {}).layers[0]
+    assert (layer.key_heads, layer.key_dim, layer.value_dim) == (heads, width, width)
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"hidden_size": 512, "num_heads": 8}, r"num_heads \(8\) contradicts expand_ratio \(128\), the default, .*4 heads"),
+        ({"hidden_size": 32, "expand_ratio": 8, "num_heads": 8}, r"num_heads \(8\) contradicts .*set expand_ratio to 4"),
+        ({"hidden_size": 32, "expand_ratio": 12}, "multiple of expand_ratio"),
+        ({"hidden_size": 32, "expand_ratio": None}, "neither expand_ratio nor num_heads"),
+        ({"hidden_size": 32, "expand_ratio": 8, "hidden_act": "gelu"}, "hidden_act"),
+        ({"hidden_size": 32, "expand_ratio": 8, "attn": {"layers": [1]}}, "pure HGRN2 stacks"),
+    ],
+)
+def test_an_hgrn2_config_that_contradicts_itself_is_refused(config: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(CheckpointError, match=complaint):
+        get_family("hgrn2").describe(config, {})
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "millions"),
+    [
+        ("hgrn", {}, 1364),
+        ("hgrn2", {}, 1364),
+        ("mamba", {"hidden_size": 768, "num_hidden_layers": 24}, 129),
+        ("mamba", {"hidden_size": 2048, "num_hidden_layers": 48}, 1372),
+    ],
+)
+def test_models_of_hgrn_and_mamba_have_their_published_sizes(family: str, config: dict[str, Any], millions: int) -> None:
+    model = get_family(family).describe(config, {})
+    count = sum(_size(shape) for shape, _ in get_family(family).tensors(model).values())
+    assert count / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+def test_the_table_of_lower_bounds_is_the_models_and_no_layers() -> None:
+    model = get_family("hgrn").describe({"hidden_size": 8, "expand_ratio": 2, "num_hidden_layers": 3, "vocab_size": 4}, {})
+    assert get_family("hgrn").tensors(model)["model.lower_bounds"] == ((3, 16), "decay")
+    unbounded = get_family("hgrn").describe({"hidden_size": 8, "use_lower_bound": False}, {})
+    assert "model.lower_bounds" not in get_family("hgrn").tensors(unbounded)
 
 
 def test_stock_gla_cannot_divide_gate_logits_by_anything_else() -> None:
@@ -204,7 +368,7 @@ def test_the_gates_rank_and_conv_biases_are_taken_from_the_shapes() -> None:
 
 
 def test_an_unknown_family_is_refused_with_those_there_are() -> None:
-    with pytest.raises(CheckpointError, match="gla, mamba2"):
+    with pytest.raises(CheckpointError, match=", ".join(sorted(FAMILIES))):
         get_family("rwkv9")
 
 

@@ -16,7 +16,7 @@ from statex.checkpoints import CheckpointWriter, canonical_config, open_checkpoi
 from statex.errors import CheckpointError
 from statex.families import get_family
 from statex.models import StatexConfig, StatexForCausalLM, load
-from tests.fixtures import WRITERS
+from tests.fixtures import WRITERS, write_gla, write_mamba2
 from tests.models.build import DESCRIPTIONS, build, every_model, tokens
 
 every_dialect = pytest.mark.parametrize("dialect", WRITERS)
@@ -52,14 +52,14 @@ def test_native_and_canonical_folders_give_the_same_logits_by_load_and_auto_mode
 
 @torch.no_grad()
 def test_load_of_a_native_mamba2_folder_equals_transformers(tmp_path: Path) -> None:
-    native = WRITERS["transformers"](tmp_path / "native")
+    native = write_mamba2(tmp_path / "native")
     ids = tokens(2, 9)
     expected = Mamba2ForCausalLM.from_pretrained(native).eval()(ids).logits
     assert (load(native)(ids).logits - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
 def test_weights_keep_their_stored_dtype_or_take_the_one_asked_for_and_decays_stay_fp32(tmp_path: Path) -> None:
-    native = WRITERS["transformers"](tmp_path / "native", dtype=torch.bfloat16)
+    native = write_mamba2(tmp_path / "native", dtype=torch.bfloat16)
     for model in (load(native), load(native, dtype=torch.float16)):
         dtypes = {name.rpartition("mixer.")[2]: parameter.dtype for name, parameter in model.named_parameters()}
         assert {dtypes[name] for name in ("A_log", "dt_bias", "D")} == {torch.float32}
@@ -71,14 +71,14 @@ def test_weights_keep_their_stored_dtype_or_take_the_one_asked_for_and_decays_st
 
 
 def test_load_draws_no_random_numbers_and_leaves_a_model_in_evaluation_mode(tmp_path: Path) -> None:
-    native = WRITERS["fla"](tmp_path / "native")
+    native = write_gla(tmp_path / "native")
     before = torch.get_rng_state()
     assert not load(native).training
     assert torch.get_rng_state().equal(before)
 
 
 def test_load_takes_the_generation_config_and_the_backend(tmp_path: Path) -> None:
-    native = WRITERS["fla"](tmp_path / "native")
+    native = write_gla(tmp_path / "native")
     (native / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
     model = load(native, backend="reference")
     assert model.generation_config.eos_token_id == 7
@@ -89,7 +89,7 @@ def test_load_takes_the_generation_config_and_the_backend(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("damage", ["missing", "unexpected", "misshapen"])
 def test_a_tensor_that_does_not_fit_the_config_is_named(damage: str, tmp_path: Path) -> None:
-    native = WRITERS["fla"](tmp_path / "native")
+    native = write_gla(tmp_path / "native")
     tensors = load_file(native / "model.safetensors")
     name = "model.layers.1.attn.k_proj.weight"
     if damage == "missing":

@@ -39,7 +39,8 @@ def test_a_sequence_gets_no_gradient_from_its_neighbours(name: str) -> None:
     model = build(name)
     embeddings = model.get_input_embeddings()(tokens(1, 16)).detach().requires_grad_()
     model(inputs_embeds=embeddings, cu_seqlens=torch.tensor(BORDERS)).logits[:, 6:8].sum().backward()
-    reached = embeddings.grad[0].abs().sum(-1) > 0
+    sizes = embeddings.grad[0].abs().sum(-1)
+    reached = sizes > 1e-6 * sizes.max()  # gradients of decays may cancel to rounding only
     assert reached.nonzero().flatten().tolist() == [6, 7]
 
 

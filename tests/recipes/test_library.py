@@ -15,7 +15,7 @@ from .helpers import write_recipe
 
 def test_every_shipped_recipe_is_valid_and_described() -> None:
     names = [info.name for info in list_recipes()]
-    assert set(names) == {"recovery", "lpt", "statex-paper", "quickstart"}
+    assert set(names) == {"recovery", "lpt", "statex-paper", "quickstart", "tracking"}
     assert all(info.description for info in list_recipes())
 
 

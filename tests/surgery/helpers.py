@@ -10,8 +10,9 @@ from torch import Tensor
 
 import statex
 from statex.checkpoints import open_checkpoint
+from statex.checkpoints.dialects import default_dialect
 from statex.surgery import ExpansionSummary, expand_checkpoint
-from tests.fixtures import write_gla, write_mamba2
+from tests.fixtures import WRITERS
 
 TOKENS = 24
 
@@ -38,7 +39,7 @@ MAMBA2_VARIANTS: dict[str, dict[str, Any]] = {
 
 def write(family: str, path: Path, **overrides: Any) -> Path:
     """A random checkpoint of two layers; every tensor is random."""
-    writer = {"gla": write_gla, "mamba2": write_mamba2}[family]
+    writer = WRITERS[f"{family} ({default_dialect(family).name})"]
     return writer(path, **{"num_hidden_layers": 2, **overrides})
 
 

@@ -1,6 +1,7 @@
 """lift_keys: what each init does, lifting a lifted layer, and where it is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,3 +115,29 @@ def test_the_order_in_the_plan_does_not_matter(tmp_path: Path, family: str, grow
     a, b = tensors(tmp_path / "a"), tensors(tmp_path / "b")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+OUTER = {"operator": "outer_product", "layers": "all", "factor": 8}
+REDRAWN: dict[str, tuple[str, list[dict[str, Any]], set[str]]] = {
+    "hgrn2": ("hgrn2", [], {"q_proj", "q_conv1d", "f_proj", "f_conv1d"}),
+    "hgrn, the gate its query": ("hgrn", [OUTER], {"g_proj", "f_proj", "f_conv1d"}),
+    "hgrn, a query of its own": ("hgrn", [{**OUTER, "init": "inherit"}], {"q_proj", "q_conv1d", "f_proj", "f_conv1d"}),
+    "mamba": ("mamba", [], {"x_proj"}),
+}
+
+
+@pytest.mark.parametrize("case", REDRAWN)
+def test_reinit_draws_what_makes_keys_and_queries_and_nothing_else(tmp_path: Path, case: str) -> None:
+    family, first, expected = REDRAWN[case]
+    base = write(family, tmp_path / "base", **({} if family == "mamba" else {"use_short_conv": True}))
+    if first:
+        expand(base, tmp_path / "first", *first)
+        base = tmp_path / "first"
+    expand(base, tmp_path / "out", {**LIFT, "init": "reinit"})
+    before, after = tensors(base), tensors(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[4] for name in changed} == expected
+    if family == "mamba":  # [dt, B, C]
+        name = "model.layers.0.mixer.x_proj.weight"
+        assert torch.equal(after[name][:3], before[name][:3])
+        assert bool((after[name][3:] != before[name][3:]).any(1).all())

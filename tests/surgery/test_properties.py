@@ -12,10 +12,14 @@ from tests.surgery.helpers import expand, largest_difference, tensors, write
 
 few = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
+spectra = st.sampled_from(
+    [[], [{"operator": "extend_spectrum", "layers": "all"}], [{"operator": "extend_spectrum", "layers": [0]}]]
+)
+
 
 @st.composite
 def gla_cases(draw: st.DrawFn) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """GLA shapes with kv heads that a factor divides, and a merge, a lift or both."""
+    """GLA shapes with kv heads that a factor divides, and a merge, a lift or both, with or without a longer spectrum."""
     factor, rest = draw(st.sampled_from([2, 3])), draw(st.sampled_from([1, 2]))
     kv_heads, queries, key_dim = factor * rest, draw(st.sampled_from([1, 2])), draw(st.sampled_from([3, 4]))
     heads = kv_heads * queries
@@ -33,12 +37,12 @@ def gla_cases(draw: st.DrawFn) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     merge = {"operator": "merge_heads", "factor": factor, "layers": draw(st.sampled_from(["all", [1]]))}
     merge["mixing"] = draw(st.sampled_from(["scalar", "channel"]))
     lift = {"operator": "lift_keys", "factor": 2, "layers": draw(st.sampled_from(["all", [0]]))}
-    return config, draw(st.sampled_from([[merge], [lift], [merge, lift]]))
+    return config, draw(st.sampled_from([[merge], [lift], [merge, lift]])) + draw(spectra)
 
 
 @st.composite
 def mamba2_cases(draw: st.DrawFn) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Mamba-2 shapes with any groups, and a widening, a lift or both."""
+    """Mamba-2 shapes with any groups, and a widening, a lift or both, with or without a longer spectrum."""
     groups, per_group, head_dim = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2])), draw(st.sampled_from([4, 6]))
     heads = groups * per_group
     config = {
@@ -54,7 +58,7 @@ def mamba2_cases(draw: st.DrawFn) -> tuple[dict[str, Any], list[dict[str, Any]]]
     widen = {"operator": "widen_state", "factor": draw(st.integers(2, 4)), "zero": draw(st.sampled_from(["B", "C"]))}
     widen["layers"] = draw(st.sampled_from(["all", [1]]))
     lift = {"operator": "lift_keys", "factor": draw(st.sampled_from([2, 3])), "layers": draw(st.sampled_from(["all", [0]]))}
-    return config, draw(st.sampled_from([[widen], [lift], [widen, lift]]))
+    return config, draw(st.sampled_from([[widen], [lift], [widen, lift]])) + draw(spectra)
 
 
 @pytest.mark.parametrize("family", ["gla", "mamba2"])

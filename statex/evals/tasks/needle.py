@@ -1,7 +1,8 @@
 """What passkey and needle-in-a-haystack share: hide a sentence at a depth of a text of exact length, ask for its value.
 
-All prompts of one length have the same number of tokens, so that batches need no padding. The value is tokenized once and the same
-ids stand in the needle and in the answer, so no tokenizer can split them differently. All depths of a sample share text and needle.
+All prompts of one length have the same number of tokens. The value is tokenized once and the same ids stand in the needle and in
+the answer, so no tokenizer can split them differently. All depths of a sample share text and needle: where the model has states to
+branch, the text before a needle is read once, and what follows the needle once for each depth.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import numpy as np
 
 from ...errors import EvaluationError
 from ..result import ACCURACY, Cell, digest, make_cell
+from ..stems import Row, Stem
 from ..task import Advance, Context, Job, Schedule
-from ..text import encode, sentence_borders, start_ids
+from ..text import encode, encode_exactly, sentence_borders, start_ids
 
 if TYPE_CHECKING:
     from ..subject import Subject
@@ -42,7 +44,8 @@ def needle_schedule(name: str, context: Context, draw_needle: DrawNeedle, draw_h
     """Jobs over lengths; each gives one cell a depth. A longest and all shortest prompts are built now, to fail early.
 
     Raises:
-        EvaluationError: a depth outside 0 to 1, a prompt too short for needle and question, or a haystack shorter than asked.
+        EvaluationError: a depth outside 0 to 1, a prompt too short for needle and question, a haystack shorter than asked, or a
+            tokenizer that cannot write the needle.
     """
     options = context.options
     for depth in options.depths:
@@ -52,7 +55,7 @@ def needle_schedule(name: str, context: Context, draw_needle: DrawNeedle, draw_h
             )
     lengths, depths = sorted(set(options.lengths)), sorted(set(options.depths))
     for length, row in [(lengths[-1], 0), *((lengths[0], row) for row in range(options.samples))]:
-        _prompts(context, draw_needle, draw_hay, length, depths[:1], context.rng(name, length, row))
+        draw_stem(context, draw_needle, draw_hay, length, depths[:1], context.rng(name, length, row))
     jobs = [
         Job(f"{length} tokens", options.samples * len(depths), partial(_run, name, context, draw_needle, draw_hay, length, depths))
         for length in lengths
@@ -71,55 +74,67 @@ def _run(
     advance: Advance,
 ) -> list[Cell]:
     samples = context.options.samples
-    drawn = [_prompts(context, draw_needle, draw_hay, length, depths, context.rng(name, length, row)) for row in range(samples)]
-    ids = np.stack([prompts for prompts, _ in drawn])
-    sizes = np.array([size for _, size in drawn])
-    keep = int(sizes.max())
-    flat = subject.score(ids.reshape(-1, length), keep, advance)
-    in_answer = np.arange(keep) >= keep - sizes[:, None, None]
-    shape = (samples, len(depths), keep)
-    right = np.all(flat.correct.reshape(shape) | ~in_answer, axis=-1)
-    nats = np.where(in_answer, flat.nats.reshape(shape), 0).sum(-1)
+    stems = [draw_stem(context, draw_needle, draw_hay, length, depths, context.rng(name, length, row)) for row in range(samples)]
+    scores = subject.score_stems(stems, advance)
     return [
         make_cell(
             ACCURACY,
             {"length": length, "depth": depth},
-            right[:, column],
+            np.array([row[column].correct.all() for row in scores]),
             np.ones(samples, dtype=int),
-            digest(list(ids[:, column])),
-            {"answer_nats": float(nats[:, column].mean())},
+            digest(stem.whole(stem.rows[column]) for stem in stems),
+            {"answer_nats": float(np.mean([row[column].nats.sum() for row in scores]))},
         )
         for column, depth in enumerate(depths)
     ]
 
 
-def _prompts(
+def draw_stem(
     context: Context, draw_needle: DrawNeedle, draw_hay: DrawHay, length: int, depths: list[float], rng: np.random.Generator
-) -> tuple[np.ndarray, int]:
-    """One sample's prompts with answer `[depths, length]` and the tokens of the answer."""
-    needle = draw_needle(rng)
-    start, before, value, after, question = (
-        start_ids(context.tokenizer),
-        *(encode(context.tokenizer, part) for part in (needle.before, needle.value, needle.after, needle.question)),
+) -> Stem:
+    """One sample: a stretch of text, and a row of `length` tokens for each depth, whose answer is scored."""
+    needle, tokenizer = draw_needle(rng), context.tokenizer
+    start = start_ids(tokenizer)
+    before, value, after, question = (
+        encode_exactly(tokenizer, part, "the needle") for part in (needle.before, needle.value, needle.after, needle.question)
     )
     hidden = np.concatenate([before, value, after])
-    room = length - len(start) - len(hidden) - len(question) - len(value)
+    room = check_room(length - len(start) - len(hidden) - len(question) - len(value), length)
+    hay = draw_hay(room, rng) if room else np.empty(0, dtype=np.int64)
+    borders = sentence_borders(tokenizer, hay)
+    rows = []
+    for depth in depths:
+        place = nearest_border(borders, round(depth * room), room)
+        rows.append(Row(len(start) + place, np.concatenate([hidden, hay[place:], question, value]), len(value)))
+    return Stem(np.concatenate([start, hay]), tuple(rows))
+
+
+def check_room(room: int, length: int) -> int:
+    """The tokens left for the haystack. Raises `EvaluationError` if there are less than none."""
     if room < 0:
         raise EvaluationError(
             f"a prompt of {length} tokens has no room for the needle and its question",
             where="lengths",
             fix=f"Give lengths from {length - room}",
         )
-    hay = draw_hay(room, rng) if room else np.empty(0, dtype=np.int64)
-    borders = sentence_borders(context.tokenizer, hay)
-    rows = []
-    for depth in depths:
-        place = _nearest(borders, round(depth * room), room)
-        rows.append(np.concatenate([start, hay[:place], hidden, hay[place:], question, value]))
-    return np.stack(rows), len(value)
+    return room
 
 
-def _nearest(borders: np.ndarray, target: int, room: int) -> int:
+def nearest_border(borders: np.ndarray, target: int, room: int) -> int:
     """The sentence border nearest to a target; the ends count as borders, so depths 0 and 1 are exact."""
     candidates = np.concatenate([[0], borders, [room]])
     return int(candidates[np.abs(candidates - target).argmin()])
+
+
+def book_hay(context: Context) -> tuple[DrawHay, str]:
+    """How stretches of text are drawn, and a note on where they come from: the user's data, or generated sentences without any."""
+    if context.documents:
+        return context.haystack.draw, f"haystack: {context.source}"
+    from .magic import generated_filler
+
+    return partial(generated_filler, context), "haystack: generated sentences, since no data were given; easier than real text"
+
+
+def encode_parts(context: Context, *parts: str) -> np.ndarray:
+    """Token ids `[T]` of texts that are tokenized one by one, so that each has the same ids wherever it stands."""
+    return np.concatenate([encode(context.tokenizer, part) for part in parts])

@@ -27,18 +27,10 @@ class Perplexity:
     needs_data = True
 
     def schedule(self, context: Context) -> Schedule:
-        if not context.documents:
-            raise EvaluationError("perplexity needs text", where="data", fix="Give --data FILE, or leave perplexity out of --tasks")
         lengths = sorted(set(context.options.lengths))
         if lengths[0] < 2:
             raise EvaluationError(f"a window of {lengths[0]} tokens predicts nothing", where="lengths", fix="Give lengths from 2")
-        spans = _spans(context, lengths[-1])
-        if max(len(ids) for ids, _ in spans) < lengths[-1]:
-            raise EvaluationError(
-                f"no document has {lengths[-1]} tokens, the longest has {max(len(ids) for ids, _ in spans)}",
-                where=context.source,
-                fix="Give longer documents or shorter lengths",
-            )
+        spans = draw_spans(context, lengths[-1], self.name)
         jobs = []
         for length in lengths:
             windows = [window for span in spans for window in _windows(*span, length)]
@@ -55,8 +47,14 @@ Span = tuple[np.ndarray, np.ndarray]
 """Token ids `[T]` and the UTF-8 bytes `[T]` that each stands for; the first is context only and is not predicted."""
 
 
-def _spans(context: Context, length: int) -> list[Span]:
-    """At most `samples` stretches of up to `length` predicted tokens, evenly spread over the documents."""
+def draw_spans(context: Context, length: int, task: str) -> list[Span]:
+    """At most `samples` stretches of up to `length` predicted tokens, evenly spread over the documents.
+
+    Raises:
+        EvaluationError: no text, or no document as long.
+    """
+    if not context.documents:
+        raise EvaluationError(f"{task} needs text", where="data", fix=f"Give --data FILE, or leave {task} out of --tasks")
     start = start_ids(context.tokenizer)
     spans: list[Span] = []
     for document in context.documents[:: math.ceil(sum(map(len, context.documents)) / MAX_CHARACTERS)]:
@@ -65,7 +63,14 @@ def _spans(context: Context, length: int) -> list[Span]:
             ids, sizes = np.concatenate([start[-1:], ids]), np.concatenate([[0], sizes])
         spans += [(ids[at : at + length], sizes[at : at + length]) for at in range(0, len(ids) - 1, length - 1)]
     count = min(context.options.samples, len(spans))
-    return [spans[(2 * i + 1) * len(spans) // (2 * count)] for i in range(count)]
+    found = [spans[(2 * i + 1) * len(spans) // (2 * count)] for i in range(count)]
+    if (longest := max(len(ids) for ids, _ in found)) < length:
+        raise EvaluationError(
+            f"no document has {length} tokens, the longest has {longest}",
+            where=context.source,
+            fix="Give longer documents or shorter lengths",
+        )
+    return found
 
 
 def _windows(ids: np.ndarray, sizes: np.ndarray, length: int) -> list[Span]:

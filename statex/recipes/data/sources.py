@@ -1,7 +1,8 @@
-"""Token streams: text that is tokenised as it is needed, and synthetic recall rows. Each can say where it is and return there."""
+"""Token streams: text that is tokenised as it is needed, and synthetic rows. Each can say where it is and return there."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,8 +11,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import RecipeError
+from ...evals import tracking_rows
 from ...evals.mqar_rows import IGNORE, draw_row, token_pools
-from ..schema import Entry, MqarEntry, TextEntry
+from ..schema import Entry, MqarEntry, TextEntry, TrackingEntry
 from .readers import Piece, Reader, Shard, cut_before, open_reader
 
 SEGMENT_BYTES = 16384
@@ -142,13 +144,42 @@ class TextSource:
             self.tokens = np.append(self.tokens, self.encoder.eos)
 
 
-class MqarSource:
-    """Recall rows, each drawn from its own number, so that the number is all there is to remember. A row is never split."""
+class RowSource(ABC):
+    """Synthetic rows, each drawn from its own number, so that the number is all there is to remember. A row is never split."""
+
+    def __init__(self, weight: float, seed: tuple[int, ...], shard: Shard) -> None:
+        self.weight, self.seed, self.shard = weight, seed, shard
+        self.number = shard.index
+        self.pending: Fragment | None = None
+
+    @abstractmethod
+    def draw(self, number: int, rng: np.random.Generator) -> Fragment:
+        """Row number `number`."""
+
+    def take(self, room: int) -> Fragment | None:
+        if self.pending is None:
+            self.pending = self.draw(self.number, np.random.default_rng([*self.seed, self.number]))
+        if len(self.pending.ids) > room:
+            return None
+        fragment, self.pending = self.pending, None
+        self.number += self.shard.count
+        return fragment
+
+    def state(self) -> dict[str, Any]:
+        return {"number": self.number}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.number, self.pending = state["number"], None
+
+
+class MqarSource(RowSource):
+    """Recall rows."""
 
     def __init__(
         self, entry: MqarEntry, tokenizer: PreTrainedTokenizerBase, seed: tuple[int, ...], shard: Shard, longest: int
     ) -> None:
-        self.weight, self.num_pairs, self.seed, self.shard = entry.weight, entry.num_pairs, seed, shard
+        super().__init__(entry.weight, seed, shard)
+        self.num_pairs = entry.num_pairs
         self.pools = token_pools(tokenizer)
         most = max(self.num_pairs)
         if 4 * most > longest:
@@ -163,24 +194,37 @@ class MqarSource:
                 where="num_pairs",
                 fix="Draw fewer pairs.",
             )
-        self.number = shard.index
-        self.pending: Fragment | None = None
 
-    def take(self, room: int) -> Fragment | None:
-        if self.pending is None:
-            rng = np.random.default_rng([*self.seed, self.number])
-            self.pending = Fragment(*draw_row(self.pools, int(rng.choice(self.num_pairs)), rng))
-        if len(self.pending.ids) > room:
-            return None
-        fragment, self.pending = self.pending, None
-        self.number += self.shard.count
-        return fragment
+    def draw(self, number: int, rng: np.random.Generator) -> Fragment:
+        return Fragment(*draw_row(self.pools, int(rng.choice(self.num_pairs)), rng))
 
-    def state(self) -> dict[str, Any]:
-        return {"number": self.number}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.number, self.pending = state["number"], None
+class TrackingSource(RowSource):
+    """Words over a state, which get longer as their numbers grow if the entry says so."""
+
+    def __init__(
+        self, entry: TrackingEntry, tokenizer: PreTrainedTokenizerBase, seed: tuple[int, ...], shard: Shard, longest: int
+    ) -> None:
+        super().__init__(entry.weight, seed, shard)
+        self.entry = entry
+        if entry.longest + 1 > longest:
+            raise RecipeError(
+                f"a word of {entry.longest} symbols and its answer do not fit into rows of {longest} tokens",
+                where="longest",
+                fix="Raise data.sequence_length or draw shorter words.",
+            )
+        try:
+            self.vocabulary = tracking_rows.symbol_ids(tokenizer)
+        except ValueError as error:
+            raise RecipeError(str(error), where="kind: tracking", fix="Leave this entry out for this checkpoint.") from error
+
+    def draw(self, number: int, rng: np.random.Generator) -> Fragment:
+        entry, problem = self.entry, tracking_rows.PROBLEMS[str(rng.choice(self.entry.problems))]
+        grown = 1.0 if entry.growth == 0 else min(1.0, number / entry.growth)
+        shortest = max(entry.shortest, problem.shortest)
+        # By equal factors: the step from 4 symbols to 8 is harder than that from 20 to 24.
+        longest = max(shortest, round(entry.shortest * (entry.longest / entry.shortest) ** grown))
+        return Fragment(*tracking_rows.draw_row(problem, self.vocabulary, int(rng.integers(shortest, longest + 1)), rng))
 
 
 def open_sources(
@@ -188,9 +232,12 @@ def open_sources(
 ) -> list[Source]:
     """The sources of a mixture, seeded by their place in it. Raises `RecipeError` for data that cannot be used."""
     encoder = Encoder(tokenizer)
-    return [
-        MqarSource(entry, tokenizer, (*seed, index), shard, longest)
-        if isinstance(entry, MqarEntry)
-        else TextSource(entry, encoder, (*seed, index), shard)
-        for index, entry in enumerate(mixture)
-    ]
+
+    def open_source(entry: Entry, seed: tuple[int, ...]) -> Source:
+        if isinstance(entry, MqarEntry):
+            return MqarSource(entry, tokenizer, seed, shard, longest)
+        if isinstance(entry, TrackingEntry):
+            return TrackingSource(entry, tokenizer, seed, shard, longest)
+        return TextSource(entry, encoder, seed, shard)
+
+    return [open_source(entry, (*seed, index)) for index, entry in enumerate(mixture)]

@@ -5,6 +5,7 @@ All inits are this project's. What the method names, and reinit draws afresh, ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,14 +13,11 @@ import torch
 from torch import Tensor
 
 from ...families.description import LayerDescription
-from .. import mamba2_rows
+from .. import mamba2_rows, mamba_rows
 from ..lazy import LazyTensor
 from ..operator import Context, Operator, Options, Tensors, require_factor
 
 GAMMA = "mixer.lift_gamma"
-GLA_KEYS_AND_QUERIES = tuple(
-    f"mixer.{part}_{tensor}" for part in "qk" for tensor in ("proj.weight", "conv1d.weight", "conv1d.bias")
-)
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,8 @@ def largest_lift(layer: LayerDescription) -> int:
 
 def check(layer: LayerDescription, options: LiftKeysOptions, context: Context) -> None:
     """Raise `PlanError` where the layer cannot be lifted as asked."""
+    if layer.key_dim == 1:
+        raise context.error("its state is a vector, without keys to lift", "use outer_product first; one plan may hold both")
     lift = layer.lift * require_factor(options, context)
     if lift > largest_lift(layer):
         raise context.error(
@@ -74,9 +74,23 @@ def apply(
     return lifted, result
 
 
-def _redraw_gla(layer: LayerDescription, tensors: Tensors, context: Context) -> dict[str, LazyTensor]:
-    present = [name for name in GLA_KEYS_AND_QUERIES if name in tensors]
-    return {name: context.fresh(name, tensors[name], tensors[name].shape) for name in present}
+def _redraw_mamba(layer: LayerDescription, tensors: Tensors, context: Context) -> dict[str, LazyTensor]:
+    name: str = mamba_rows.PROJECTION
+    return {name: tensors[name].then(lambda old: mamba_rows.redraw(old, layer, layer, context))}
+
+
+Redraw = Callable[[LayerDescription, Tensors, Context], dict[str, LazyTensor]]
+
+
+def _redraw_whole(*parts: str) -> Redraw:
+    """Draws the projections and convolutions of these parts afresh, whole."""
+    names = [f"mixer.{part}_{tensor}" for part in parts for tensor in ("proj.weight", "conv1d.weight", "conv1d.bias")]
+
+    def redraw(layer: LayerDescription, tensors: Tensors, context: Context) -> dict[str, LazyTensor]:
+        present = [name for name in names if name in tensors]
+        return {name: context.fresh(name, tensors[name], tensors[name].shape) for name in present}
+
+    return redraw
 
 
 def _redraw_mamba2(layer: LayerDescription, tensors: Tensors, context: Context) -> dict[str, LazyTensor]:
@@ -88,8 +102,16 @@ def _redraw_rows(name: str, layer: LayerDescription, context: Context, old: Tens
     return mamba2_rows.redraw(name, old, layer, layer, context)
 
 
-REDRAW = {"gla": _redraw_gla, "mamba2": _redraw_mamba2}
-"""How each family draws its keys and queries afresh."""
+REDRAW: dict[str, Redraw] = {
+    "gla": _redraw_whole("q", "k"),
+    "mamba2": _redraw_mamba2,
+    "delta_net": _redraw_whole("q", "k"),
+    "gated_deltanet": _redraw_whole("q", "k"),
+    "hgrn": _redraw_whole("q", "g", "f"),  # a key is what the forget gate f lets go of; a query may be the output gate g
+    "hgrn2": _redraw_whole("q", "f"),
+    "mamba": _redraw_mamba,
+}
+"""How each family draws its keys and queries afresh. A family that takes the operator adds a line here."""
 
 
 OPERATOR = Operator(

@@ -1,0 +1,316 @@
+"""Gated linear attention on a GPU: what `statex.kernels.gla` computes, forward and backward, segment by segment.
+
+A segment's rows, scores and states live in scratch memory and are made again in the backward pass; kept are the inputs and one float32
+state a segment. With bfloat16 inputs products and stored states are bfloat16 and every sum is float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..lift import channel_mixing, lift_factor
+from . import blocks, gated
+from .layout import (
+    BLOCK,
+    LAUNCHES,
+    Operands,
+    chunk_length,
+    forget_at_borders,
+    operands,
+    pad_to,
+    padded,
+    padded_parts,
+    segments,
+    state_tiles,
+    tile,
+    unit_stride,
+    without_padding,
+)
+from .rows import Rows
+
+
+@torch.compiler.disable
+def gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float,
+    mixing: Tensor | None = None,
+    lift_gamma: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Arguments and results of `statex.kernels.gla`, but packed sequences start from zero states and return none."""
+    batch, tokens, heads, key_dim = k.shape
+    state_dim = key_dim * lift_factor(lift_gamma, key_dim)
+    parts = 1 if mixing is None else mixing.shape[-1]
+    width, out_dtype = v.shape[-1] // parts, q.dtype
+    how = operands(q, k, v)
+    if how.dtype != torch.bfloat16:
+        q, k, v = q.float(), k.float(), v.float()
+    channels, padded_width = pad_to(state_dim, BLOCK), pad_to(width, BLOCK)
+    shape = _Shape(
+        batch=batch,
+        heads=heads,
+        group=q.shape[2] // heads,
+        parts=parts,
+        key_dim=key_dim,
+        state_dim=state_dim,
+        channels=channels,
+        values=parts * padded_width,
+        chunk=chunk_length(tokens, channels, parts * padded_width, how.dtype == torch.float32),
+        scale=scale,
+        how=how,
+        straight=mixing is None and lift_gamma is None and channels == key_dim,
+    )
+    whole = pad_to(tokens, shape.chunk)
+    q, k, v, log_decay = (padded(unit_stride(x), 1, whole) for x in (q, k, v, forget_at_borders(log_decay, cu_seqlens)))
+    v = padded_parts(v, parts, padded_width)
+    if initial_state is None:
+        initial_state = torch.zeros(batch, heads, channels, shape.values, dtype=torch.float32, device=q.device)
+    else:
+        initial_state = padded(padded_parts(initial_state.float(), parts, padded_width), 2, channels).contiguous()
+    if mixing is not None:
+        mixing = channel_mixing(mixing, 1, key_dim)
+    o, state = _GLA.apply(q, k, v, log_decay, mixing, lift_gamma, initial_state, shape)
+    o = without_padding(o[:, :tokens], parts, width).to(out_dtype)
+    return o, without_padding(state[:, :, :state_dim], parts, width) if output_final_state else None
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Sizes of one call. Readers of a head: `group` queries times `parts` value blocks."""
+
+    batch: int
+    heads: int
+    group: int
+    parts: int
+    key_dim: int
+    state_dim: int
+    """Channels of a lifted key."""
+    channels: int
+    """The same, padded to whole blocks."""
+    values: int
+    chunk: int
+    scale: float
+    how: Operands
+    straight: bool
+    """Keys and queries are used as they come: nothing lifted, mixed or padded."""
+
+    @property
+    def readers(self) -> int:
+        return self.group * self.parts
+
+    @property
+    def lift(self) -> int:
+        return self.state_dim // self.key_dim
+
+    @property
+    def part_width(self) -> int:
+        return self.values // self.parts
+
+    def segments(self, tokens: int) -> list[tuple[int, int]]:
+        size = self.how.dtype.itemsize
+        rows = self.channels * ((1 + self.readers) * (3 * size + 4) + 8)
+        states = 2 * size * self.channels * self.values // self.chunk
+        return segments(tokens, self.chunk, self.batch * self.heads * (rows + states + 2 * size * self.readers * self.chunk))
+
+
+class _Segment:
+    """Scratch of one run of chunks: what both passes make from its inputs."""
+
+    def __init__(self, shape: _Shape, q: Tensor, k: Tensor, v: Tensor, g: Tensor, gamma: Tensor | None, mixing: Tensor | None) -> None:
+        self.shape, self.q, self.k, self.v, self.g = shape, q, k, v, g
+        self.tokens = q.shape[1]
+        self.chunks = self.tokens // shape.chunk
+        s, dtype = shape, shape.how.dtype
+        self.query_rows = Rows(s.heads, s.lift, s.channels, gamma, mixing)
+        self.key_rows = Rows(s.heads, s.lift, s.channels, None, None)
+        if s.straight:
+            self.queries, self.keys = q.unflatten(2, (s.heads, -1)).movedim(1, 3), k.unsqueeze(3).movedim(1, 3)
+        else:
+            self.queries, self.keys = self.query_rows.make(q, dtype), self.key_rows.make(k, dtype)
+        self.q_near = self.scratch(s.readers, self.tokens, s.channels)
+        self.k_near = self.scratch(1, self.tokens, s.channels)
+        same = s.chunk == BLOCK
+        self.q_far = self.q_near if same else torch.empty_like(self.q_near)
+        self.k_far = self.k_near if same else torch.empty_like(self.k_near)
+        self.block_decay = self.scratch(self.tokens // BLOCK, s.channels, dtype=torch.float32)
+        self.chunk_decay = self.scratch(self.chunks, s.channels, dtype=torch.float32)
+        gated.decay_rows[(s.channels // BLOCK, self.chunks, s.batch * s.heads)](
+            self.queries, self.keys, g, self.q_near, self.q_far, self.k_near, self.k_far, self.block_decay, self.chunk_decay,
+            *self.row_arguments, READERS=s.readers, CHUNK=s.chunk, BK=BLOCK, **LAUNCHES["rows"].options(BLOCK, BLOCK, s.how),
+        )  # fmt: skip
+
+    def scratch(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Uninitialised `[B, heads, *sizes]`."""
+        s = self.shape
+        return torch.empty(s.batch, s.heads, *sizes, dtype=dtype or s.how.dtype, device=self.q.device)
+
+    @property
+    def row_arguments(self) -> tuple[Any, ...]:
+        """Strides of queries, keys and log-decays, and sizes, as the kernels of `gated` take them."""
+        s, q, k, g = self.shape, self.queries, self.keys, self.g
+        strides = (*q.stride()[:4], k.stride(0), k.stride(1), k.stride(3), g.stride(0), g.stride(2), g.stride(1))
+        return (*strides, s.heads, self.tokens, s.channels, s.key_dim, s.state_dim, s.scale)
+
+    @property
+    def pairs(self) -> int:
+        return (self.shape.chunk // BLOCK) ** 2
+
+    def scores(self) -> Tensor:
+        """Decayed scores `[B, heads, readers, t, chunk]`, written for blocks on and below the diagonal."""
+        s = self.shape
+        out = self.scratch(s.readers, self.tokens, s.chunk)
+        gated.scores[(self.pairs, self.chunks, s.batch * s.heads * s.readers)](
+            self.queries, self.keys, self.g, self.q_near, self.k_near, self.block_decay, out, *self.row_arguments,
+            READERS=s.readers, CHUNK=s.chunk, PRECISION=s.how.precision, BK=BLOCK, **LAUNCHES["scores"].options(BLOCK, BLOCK, s.how),
+        )  # fmt: skip
+        return out
+
+    def carry(self, start: Tensor, grad: Tensor | None = None, states: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """States in front of every chunk and after the last, `[B, heads, chunks + 1, K, V]`; the last in float32; and energies.
+
+        With `grad` (of the outputs) backward in time: gradients behind every chunk from that behind the last.
+        """
+        s, backward = self.shape, grad is not None
+        launch = LAUNCHES["carry"]
+        bk, bv = state_tiles(launch, s.channels, s.values, s.batch * s.heads, s.part_width)
+        carried, end = self.scratch(self.chunks + 1, s.channels, s.values), torch.empty_like(start)
+        grid = (s.values // bv, s.channels // bk, s.batch * s.heads)
+        if grad is None:
+            x, x_strides = self.k_far, (self.k_far.stride(0), self.k_far.stride(1), 0, 0, self.k_far.stride(3))
+            y, y_strides = self.v, (self.v.stride(0), self.v.stride(2), 0, self.v.stride(1))
+            energy, group = end, 1
+        else:
+            readers = self.q_far.stride(2)
+            x, x_strides = self.q_far, (*self.q_far.stride()[:2], s.parts * readers, readers, s.channels)
+            y, y_strides = grad, (grad.stride(0), s.group * grad.stride(2), grad.stride(2), grad.stride(1))
+            energy, group = torch.empty(grid[0], *self.chunk_decay.shape, dtype=torch.float32, device=end.device), s.group
+        blocks.carry_states[grid](
+            x, y, end, self.chunk_decay, start, carried, end, carried if states is None else states, energy,
+            *x_strides, *y_strides, 0, 0, 0, s.heads, self.chunks, s.channels, s.values, s.part_width, 1,
+            GROUP=group, CHUNK=s.chunk, BY_ROW=True, BACKWARD=backward, PRECISION=s.how.precision, BK=bk, BV=bv,
+            **launch.options(bk, bv, s.how),
+        )  # fmt: skip
+        return carried, end, energy
+
+    def read(self, x: Tensor, states: Tensor, scores: Tensor, y: Tensor, out: Tensor, *, transposed: bool) -> None:
+        """Outputs into `out` `[B, t, Hq, V]`; transposed, gradients of values `[B, t, H, V]`."""
+        s = self.shape
+        launch = LAUNCHES["read"]
+        bm, bn = min(s.chunk, launch.rows), tile(s.part_width, launch.columns, 128, 64)
+        readers = x.stride(2)
+        query = 1 if transposed else s.group  # value rows have one head where query rows have a group
+        y_heads, o_heads = (s.group, 1) if transposed else (1, query)
+        blocks.read_states[(s.values // bn, self.tokens // bm, s.batch * s.heads * query)](
+            x, states, scores, y, out, out, out, out, out, out, out, out,
+            x.stride(0), x.stride(1), s.parts * readers, readers, s.channels,
+            y.stride(0), y_heads * y.stride(2), y.stride(2), y.stride(1),
+            out.stride(0), o_heads * out.stride(2), out.stride(2), out.stride(1), 0, 0, 0, 0, 0, 0,
+            s.heads, self.tokens, self.chunks, s.channels, s.values, s.part_width, s.values,
+            GROUP=s.group, PARTS=s.parts, CHUNK=s.chunk, TRANSPOSED=transposed, SCALAR=False, HAS_SKIP=False, SUMMED=False,
+            WRITTEN=True, PRECISION=s.how.precision, BM=bm, BN=bn, BK=BLOCK, **launch.options(bm, bn, s.how),
+        )  # fmt: skip
+
+    def project(self, x: Tensor, states: Tensor, group: int, parts: int) -> Tensor:
+        """x S_cᵀ over each part of the values, float32 `[B, heads, group * parts, t, K]`; x is `[B, t, heads * group, V]`."""
+        s = self.shape
+        out = self.scratch(group * parts, self.tokens, s.channels, dtype=torch.float32)
+        launch = LAUNCHES["project"]
+        bm, bn = min(s.chunk, launch.rows), tile(s.channels, launch.columns, 128, 64)
+        blocks.project[(s.channels // bn, self.tokens // bm, s.batch * s.heads * group * parts)](
+            x, states, out, out, out, out, x.stride(0), group * x.stride(2), x.stride(2), x.stride(1), 0, 0, 0, 0, 0, 0,
+            s.heads, self.tokens, self.chunks, s.channels, s.values, s.values // parts, 1,
+            GROUP=group, PARTS=parts, CHUNK=s.chunk, WEIGHTED=False, TRIANGLE=False, TRANSPOSED=False,
+            PRECISION=s.how.precision, BM=bm, BN=bn, BK=BLOCK, **launch.options(bm, bn, s.how),
+        )  # fmt: skip
+        return out
+
+    def score_gradients(self, do: Tensor) -> Tensor:
+        """Gradients of undecayed pairs, dO_i · v_j, laid out as the scores."""
+        s, v = self.shape, self.v
+        out = self.scratch(s.readers, self.tokens, s.chunk)
+        blocks.score_pairs[(self.pairs, self.chunks, s.batch * s.heads * s.readers)](
+            do, v, out, do.stride(0), s.group * do.stride(2), do.stride(2), do.stride(1), v.stride(0), v.stride(2), v.stride(1),
+            s.heads, self.tokens, s.part_width,
+            GROUP=s.group, PARTS=s.parts, CHUNK=s.chunk, PRECISION=s.how.precision, BK=BLOCK, **LAUNCHES["pairs"].options(BLOCK, BLOCK, s.how),
+        )  # fmt: skip
+        return out
+
+    def row_gradients(self, da: Tensor, dq_far: Tensor, dk_far: Tensor, dq: Tensor, dk: Tensor) -> Tensor:
+        """Writes gradients of queries and keys `[B, heads, readers, t, K]` and returns those of log-decay sums, float32."""
+        s = self.shape
+        db = self.scratch(self.tokens, s.channels, dtype=torch.float32)
+        strides = (*self.row_arguments[:10], *dq.stride()[:4], dk.stride(0), dk.stride(1), dk.stride(3))
+        gated.row_gradients[(s.channels // BLOCK, self.tokens // BLOCK, s.batch * s.heads)](
+            self.queries, self.keys, self.g, self.q_near, self.q_far, self.k_near, self.block_decay, da, dq_far, dk_far, dq,
+            dk, db, *strides, *self.row_arguments[10:],
+            READERS=s.readers, CHUNK=s.chunk, PRECISION=s.how.precision, BK=BLOCK, **LAUNCHES["row gradients"].options(BLOCK, BLOCK, s.how),
+        )  # fmt: skip
+        return db
+
+    def decay_gradients(self, db: Tensor, dk_far: Tensor, energy: Tensor, dg: Tensor) -> None:
+        """Writes the gradient of log-decays `[B, t, heads, K]`; uses `dk_far` up."""
+        s = self.shape
+        gated.decay_gradients[(-(-s.key_dim // BLOCK), self.chunks, s.batch * s.heads)](
+            db, dk_far, self.k_far, energy, dg, dg.stride(0), dg.stride(2), dg.stride(1), s.heads, self.tokens, s.channels, s.key_dim, energy.shape[0],
+            LIFT=s.lift, CHUNK=s.chunk, BK=BLOCK, **LAUNCHES["rows"].options(BLOCK, BLOCK, s.how),
+        )  # fmt: skip
+
+
+class _GLA(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, log_decay, mixing, gamma, state, shape):  # type: ignore[no-untyped-def]  # noqa: ANN001
+        """Rows `[B, T, ...]` of whole chunks and padded values; the state padded, float32."""
+        o = torch.empty(*q.shape[:3], shape.values, dtype=v.dtype, device=q.device)
+        starts = []
+        for start, end in shape.segments(q.shape[1]):
+            starts.append(state)
+            segment = _Segment(shape, *(x[:, start:end] for x in (q, k, v, log_decay)), gamma, mixing)
+            states, state, _ = segment.carry(state)
+            segment.read(segment.q_far, states, segment.scores(), segment.v, o[:, start:end], transposed=False)
+        ctx.save_for_backward(q, k, v, log_decay, mixing, gamma, *starts)
+        ctx.shape = shape
+        return o, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dstate):  # type: ignore[no-untyped-def]  # noqa: ANN001
+        """Segments from the last to the first, each made again from the state in front of it."""
+        q, k, v, log_decay, mixing, gamma, *starts = ctx.saved_tensors
+        shape: _Shape = ctx.shape
+        do, dstate = unit_stride(do), dstate.contiguous()
+        dq, dk, dv, dg = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, log_decay))
+        dgamma = None if gamma is None else torch.zeros_like(gamma, dtype=torch.float32)
+        dmixing = None if mixing is None else torch.zeros_like(mixing, dtype=torch.float32)
+        for (start, end), state in reversed(list(zip(shape.segments(q.shape[1]), starts, strict=True))):
+            segment = _Segment(shape, *(x[:, start:end] for x in (q, k, v, log_decay)), gamma, mixing)
+            part = do[:, start:end]
+            states, _, _ = segment.carry(state)
+            dstates, dstate, energy = segment.carry(dstate, part, states)
+            segment.read(segment.k_far, dstates, segment.scores(), part, dv[:, start:end], transposed=True)
+            dq_far, dk_far = segment.project(part, states, shape.group, shape.parts), segment.project(segment.v, dstates, 1, 1)
+            del states, dstates
+            dq_part, dk_part = dq[:, start:end], dk[:, start:end]
+            if shape.straight:
+                dq_rows, dk_rows = dq_part.unflatten(2, (shape.heads, -1)).movedim(1, 3), dk_part.unsqueeze(3).movedim(1, 3)
+            else:
+                dq_rows, dk_rows = torch.empty_like(dq_far), torch.empty_like(dk_far)
+            db = segment.row_gradients(segment.score_gradients(part), dq_far, dk_far, dq_rows, dk_rows)
+            segment.decay_gradients(db, dk_far, energy, dg[:, start:end])
+            if not shape.straight:
+                more_gamma, more_mixing = segment.query_rows.take_apart(segment.q, dq_rows, dq_part)
+                segment.key_rows.take_apart(segment.k, dk_rows, dk_part)
+                dgamma = None if dgamma is None or more_gamma is None else dgamma + more_gamma
+                dmixing = None if dmixing is None or more_mixing is None else dmixing + more_mixing
+        dgamma, dmixing = (grad if x is None else grad.to(x.dtype) for grad, x in ((dgamma, gamma), (dmixing, mixing)))
+        return dq, dk, dv, dg, dmixing, dgamma, dstate, None

@@ -1,0 +1,187 @@
+"""Keys and queries that carry more than their own channels: lifted (products of channels) and mixed (one query per value block).
+
+The rows are made here, segment by segment, in the dtype of the matrix products, and taken apart again in the backward pass; they are
+never part of a training graph. x is one row of K channels, psi_r(x)_c = x_c x_{c-r} / rms(x).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..lift import FLOOR
+from .blocks import constant
+
+ELEMENTS = 4096
+"""Numbers of x in a program: tokens times channels."""
+_FLOOR = constant(FLOOR)
+
+
+@triton.jit
+def load_rows(X, ts, cs, x_t, K, inside):
+    """Rows `[TOKENS, BC]` rolled so that channel c holds x_{cs mod K}, float32."""
+    return tl.load(X + ts[:, None] * x_t + ((cs + K) % K)[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def make_rows(
+    X, GAMMA, MIXING, OUT, x_b, x_h, x_g, x_t, heads, tokens, K, channels,
+    GROUP: tl.constexpr, PARTS: tl.constexpr, LIFT: tl.constexpr, GATED: tl.constexpr, MIXED: tl.constexpr,
+    TOKENS: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """OUT[reader (g, j), part r] = M_j ∘ γ_r ∘ psi_r(x), with psi_0(x) = x and γ_0 = 1.
+
+    Grid: (tokens / TOKENS, B * heads * GROUP); OUT is `[B, heads, GROUP * PARTS, tokens, channels]`, zero beyond LIFT * K.
+    """
+    z = tl.program_id(1).to(tl.int64)
+    g = z % GROUP
+    h = (z // GROUP) % heads
+    ts = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    cs = tl.arange(0, BC)
+    inside = (ts < tokens)[:, None] & (cs < K)[None, :]
+    X += (z // GROUP // heads) * x_b + h * x_h + g * x_g
+    x = load_rows(X, ts, cs, x_t, K, inside)
+    root = tl.rsqrt(tl.sum(x * x, 1) / K + _FLOOR)[:, None]
+    for r in tl.static_range(LIFT):
+        row = x
+        if r > 0:
+            row = x * load_rows(X, ts, cs - r, x_t, K, inside) * root
+            if GATED:
+                row *= tl.load(GAMMA + ((h * GROUP + g) * (LIFT - 1) + r - 1) * K + cs, mask=cs < K, other=0.0)[None, :]
+        for j in tl.static_range(PARTS):
+            out = row
+            if MIXED:
+                out = row * tl.load(MIXING + (h * K + cs) * PARTS + j, mask=cs < K, other=0.0)[None, :]
+            places = ((z * PARTS + j) * tokens + ts)[:, None] * channels + (r * K + cs)[None, :]
+            tl.store(OUT + places, out.to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def row_gradient(DOUT, MIXING, z, h, ts, cs, tokens, K, channels, r, inside, PARTS: tl.constexpr, MIXED: tl.constexpr):
+    """Gradient of part r of the lifted row at channels cs mod K, summed over the readers that mixing made of it."""
+    cs = (cs + K) % K
+    total = tl.zeros(inside.shape, tl.float32)
+    for j in tl.static_range(PARTS):
+        places = ((z * PARTS + j) * tokens + ts)[:, None] * channels + (r * K + cs)[None, :]
+        part = tl.load(DOUT + places, mask=inside, other=0.0)
+        if MIXED:
+            part *= tl.load(MIXING + (h * K + cs) * PARTS + j)[None, :]
+        total += part
+    return total
+
+
+@triton.jit
+def take_rows_apart(
+    X, GAMMA, MIXING, DOUT, DX, DGAMMA, DMIXING, x_b, x_h, x_g, x_t, d_b, d_h, d_g, d_t, heads, tokens, K, channels,
+    GROUP: tl.constexpr, PARTS: tl.constexpr, LIFT: tl.constexpr, GATED: tl.constexpr, MIXED: tl.constexpr,
+    TOKENS: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The backward of `make_rows`. DGAMMA and DMIXING are sums over the program's tokens, `[programs, ...]` with the program's row.
+
+    Grid: (tokens / TOKENS, B * heads * GROUP).
+    """
+    z = tl.program_id(1).to(tl.int64)
+    g = z % GROUP
+    h = (z // GROUP) % heads
+    ts = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    cs = tl.arange(0, BC)
+    valid = cs < K
+    inside = (ts < tokens)[:, None] & valid[None, :]
+    X += (z // GROUP // heads) * x_b + h * x_h + g * x_g
+    x = load_rows(X, ts, cs, x_t, K, inside)
+    root = tl.rsqrt(tl.sum(x * x, 1) / K + _FLOOR)[:, None]
+    dx = row_gradient(DOUT, MIXING, z, h, ts, cs, tokens, K, channels, 0, inside, PARTS, MIXED)
+    through_root = tl.zeros([TOKENS], tl.float32)
+    program = (z * tl.num_programs(0) + tl.program_id(0)) * K
+    for r in tl.static_range(1, LIFT):
+        gamma = valid * 1.0
+        gamma_after = valid * 1.0
+        if GATED:
+            gate = GAMMA + ((h * GROUP + g) * (LIFT - 1) + r - 1) * K
+            gamma = tl.load(gate + cs, mask=valid, other=0.0)
+            gamma_after = tl.load(gate + (cs + r) % K, mask=valid, other=0.0)
+        rolled = load_rows(X, ts, cs - r, x_t, K, inside)
+        dpart = row_gradient(DOUT, MIXING, z, h, ts, cs, tokens, K, channels, r, inside, PARTS, MIXED)
+        product = x * rolled * dpart
+        if GATED:
+            tl.store(DGAMMA + program * (LIFT - 1) + (r - 1) * K + cs, tl.sum(product * root, 0), mask=valid)
+        through_root += tl.sum(product * gamma[None, :], 1)
+        dpart_after = row_gradient(DOUT, MIXING, z, h, ts, cs + r, tokens, K, channels, r, inside, PARTS, MIXED)
+        following = load_rows(X, ts, cs + r, x_t, K, inside)
+        dx += root * (dpart * gamma[None, :] * rolled + dpart_after * gamma_after[None, :] * following)
+    dx -= x * root * root * root * (through_root / K)[:, None]
+    if MIXED:
+        for j in tl.static_range(PARTS):
+            total = tl.zeros([BC], tl.float32)
+            for r in tl.static_range(LIFT):
+                row = x
+                if r > 0:
+                    row = x * load_rows(X, ts, cs - r, x_t, K, inside) * root
+                    if GATED:
+                        row *= tl.load(GAMMA + ((h * GROUP + g) * (LIFT - 1) + r - 1) * K + cs, mask=valid, other=0.0)[None, :]
+                places = ((z * PARTS + j) * tokens + ts)[:, None] * channels + (r * K + cs)[None, :]
+                total += tl.sum(row * tl.load(DOUT + places, mask=inside, other=0.0), 0)
+            tl.store(DMIXING + program * PARTS + cs * PARTS + j, total, mask=valid)
+    out = DX + (z // GROUP // heads) * d_b + h * d_h + g * d_g + ts[:, None] * d_t + cs[None, :]
+    tl.store(out, dx.to(DX.dtype.element_ty), mask=inside)
+
+
+class Rows:
+    """What rows are made of: x `[B, t, heads * group, K]` with γ `[heads * group, (lift-1) * K]` and M `[heads, K, parts]`, or None.
+
+    Keys have a lift and neither γ nor M.
+    """
+
+    def __init__(self, heads: int, lift: int, channels: int, gamma: Tensor | None, mixing: Tensor | None) -> None:
+        self.heads, self.lift, self.channels = heads, lift, channels
+        self.gamma = None if gamma is None else gamma.detach().float().contiguous()
+        self.mixing = None if mixing is None else mixing.detach().float().contiguous()
+        self.parts = 1 if mixing is None else mixing.shape[-1]
+
+    def _arguments(self, x: Tensor) -> tuple[tuple[int, ...], dict[str, object], tuple[int, int]]:
+        batch, tokens, rows, key_dim = x.shape
+        group = rows // self.heads
+        strides = (x.stride(0), group * x.stride(2), x.stride(2), x.stride(1))
+        width = triton.next_power_of_2(key_dim)
+        per_program = min(64, max(1, ELEMENTS // width))
+        options: dict[str, object] = {
+            "GROUP": group, "PARTS": self.parts, "LIFT": self.lift, "GATED": self.gamma is not None, "MIXED": self.mixing is not None,
+            "TOKENS": per_program, "BC": width,
+        }  # fmt: skip
+        return strides, options, (triton.cdiv(tokens, per_program), batch * rows)
+
+    def make(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows `[B, heads, group * parts, t, channels]`."""
+        batch, tokens, rows, key_dim = x.shape
+        strides, options, grid = self._arguments(x)
+        readers = rows // self.heads * self.parts
+        fill = torch.zeros if self.channels > self.lift * key_dim else torch.empty
+        out = fill(batch, self.heads, readers, tokens, self.channels, dtype=dtype, device=x.device)
+        gamma, mixing = (x if extra is None else extra for extra in (self.gamma, self.mixing))
+        make_rows[grid](x, gamma, mixing, out, *strides, self.heads, tokens, key_dim, self.channels, **options)
+        return out
+
+    def take_apart(self, x: Tensor, dout: Tensor, dx: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Writes the gradient of x into `dx` `[B, t, rows, K]`; returns those of γ and M, float32."""
+        batch, tokens, rows, key_dim = x.shape
+        strides, options, grid = self._arguments(x)
+        group = rows // self.heads
+        programs = grid[0]
+        dgamma = dmixing = x
+        if self.gamma is not None:
+            dgamma = x.new_empty(batch, rows, programs, (self.lift - 1) * key_dim, dtype=torch.float32)
+        if self.mixing is not None:
+            dmixing = x.new_empty(batch, self.heads, group, programs, key_dim, self.parts, dtype=torch.float32)
+        gamma, mixing = (x if extra is None else extra for extra in (self.gamma, self.mixing))
+        take_rows_apart[grid](
+            x, gamma, mixing, dout, dx, dgamma, dmixing, *strides, dx.stride(0), group * dx.stride(2), dx.stride(2), dx.stride(1),
+            self.heads, tokens, key_dim, self.channels, **options,
+        )  # fmt: skip
+        return (
+            None if self.gamma is None else dgamma.sum((0, 2)),
+            None if self.mixing is None else dmixing.sum((0, 2, 3)),
+        )
+
+

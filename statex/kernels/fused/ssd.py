@@ -1,0 +1,408 @@
+"""Mamba-2's state space model on a GPU: what `statex.kernels.ssd` computes, forward and backward, segment by segment.
+
+B and C, the keys and queries, are shared by the heads of a group, whose values lie side by side: one product serves them all, and what
+differs between heads (decays, steps) goes on values, outputs and scores. Sums of decays inside a chunk are made in float64 and split
+into two float32 numbers, so that their differences are exact to rounding however strong the decay. Scratch as in `gla`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..lift import lift_factor
+from . import blocks
+from .blocks import BLOCK as BLOCK_TOKENS
+from .blocks import dot
+from .layout import (
+    BLOCK,
+    LAUNCHES,
+    Operands,
+    chunk_length,
+    forget_at_borders,
+    operands,
+    pad_to,
+    padded,
+    segments,
+    state_tiles,
+    tile,
+)
+from .rows import Rows
+
+LOG2E = 1.4426950408889634
+FORGOTTEN = -433.0
+"""Log2-decays are cut off here: exp2 is 0 in float32 long before."""
+
+
+@torch.compiler.disable
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    lift_gamma: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Arguments and results of `statex.kernels.ssd`, but packed sequences start from zero states and return none.
+
+    `log_decay` `[B, T, H]`, at most 0, takes the place of dt · A.
+    """
+    batch, tokens, heads, head_dim = x.shape
+    groups, d_state = B.shape[2:]
+    out_dtype, how = x.dtype, operands(x, B, C)
+    if how.dtype != torch.bfloat16:
+        x, B, C = x.float(), B.float(), C.float()
+    state_dim = d_state * lift_factor(lift_gamma, d_state)
+    channels = pad_to(state_dim, BLOCK)
+    width = 32 if head_dim <= 32 else pad_to(head_dim, BLOCK)
+    shape = _Shape(
+        batch=batch,
+        groups=groups,
+        heads=heads // groups,
+        head_dim=width,
+        state_dim=state_dim,
+        channels=channels,
+        chunk=chunk_length(tokens, channels, heads // groups * width, how.dtype == torch.float32),
+        how=how,
+        straight=lift_gamma is None and channels == d_state,
+    )
+    whole = pad_to(tokens, shape.chunk)
+    dt = dt.float()
+    if log_decay is None:
+        log_decay = dt * A.float()
+    log_decay = forget_at_borders(log_decay.float(), cu_seqlens)
+    x = padded(x, 3, width)
+    x, B, C = (padded(_rows_side_by_side(u), 1, whole) for u in (x, B, C))
+    dt, log_decay = (padded(u, 1, whole).contiguous() for u in (dt, log_decay))
+    if initial_state is None:
+        state = torch.zeros(batch, groups, channels, shape.values, dtype=torch.float32, device=x.device)
+    else:
+        state = padded(padded(initial_state.float(), 3, width), 2, channels)
+        state = state.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3).contiguous()
+    y, state = _SSD.apply(x, dt, log_decay, B, C, D, lift_gamma, state, shape)
+    y = y[:, :tokens, :, :head_dim].to(out_dtype)
+    if not output_final_state:
+        return y, None
+    state = state.unflatten(3, (shape.heads, width)).transpose(2, 3).flatten(1, 2)
+    return y, state[:, :, :state_dim, :head_dim]
+
+
+def _rows_side_by_side(x: Tensor) -> Tensor:
+    """`[B, T, H, D]` with a token's heads next to one another, copied where they are not."""
+    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
+
+
+@triton.jit
+def pair_gradients(
+    X, DY, SCORES, HI, LO, DT, DSCORES, ROWS, COLUMNS, OWN, INSIDE, SKIP,
+    x_b, x_h, x_t, d_b, d_h, d_t, w_b, w_h, w_t, groups, tokens, heads, head_dim, size,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Gradients of what pairs of tokens j <= i of one chunk exchange, in all heads of a group.
+
+    Let m_ij = (dy_i · x_j) exp2(b_i - b_j) C_i·B_j in a head. DSCORES_ij gets Σ over heads of m_ij dt_j / (C_i·B_j). Per head, blocks
+    s > u: ROWS_i = Σ_j m_ij dt_j in a slot for u and COLUMNS_j = Σ_i m_ij in a slot for s, slots `size` elements apart. One block:
+    OWN_j = Σ_{i >= j} m_ij, INSIDE_t = Σ_{i >= t > j} m_ij dt_j, which is the gradient of t's log-decay, and SKIP_i = dy_i · x_i.
+
+    Grid: ((CHUNK / BLOCK)², chunks, B * groups).
+    """
+    s = tl.program_id(0) // (CHUNK // BLOCK_TOKENS)
+    u = tl.program_id(0) % (CHUNK // BLOCK_TOKENS)
+    if u > s:
+        return
+    z = tl.program_id(2).to(tl.int64)
+    b = z // groups
+    h = z % groups
+    ts = tl.arange(0, BLOCK_TOKENS)
+    t0 = tl.program_id(1) * CHUNK
+    rows = t0 + s * BLOCK_TOKENS + ts
+    columns = t0 + u * BLOCK_TOKENS + ts
+    places = (z * tokens + rows)[:, None] * CHUNK + (u * BLOCK_TOKENS + ts)[None, :]
+    scores = tl.load(SCORES + places).to(tl.float32)
+    total = tl.zeros([BLOCK_TOKENS, BLOCK_TOKENS], tl.float32)
+    causal = rows[:, None] >= columns[None, :]
+    ps = tl.arange(0, BP)
+    dy = DY + b * d_b + h * d_h + rows[:, None] * d_t + ps[None, :]
+    x = X + b * x_b + h * x_h + columns[None, :] * x_t + ps[:, None]
+    weights = b * w_b + h * w_h
+    for head in range(0, heads):
+        product = tl.zeros([BLOCK_TOKENS, BLOCK_TOKENS], tl.float32)
+        for p in range(0, head_dim, BP):
+            product = dot(tl.load(dy + head * head_dim + p), tl.load(x + head * head_dim + p), product, PRECISION)
+        at_rows = weights + head + rows * w_t
+        at_columns = weights + head + columns * w_t
+        exponent = tl.load(HI + at_rows)[:, None] - tl.load(HI + at_columns)[None, :]
+        exponent += tl.load(LO + at_rows)[:, None] - tl.load(LO + at_columns)[None, :]
+        dt = tl.load(DT + at_columns)[None, :]
+        decayed = tl.where(causal, product * tl.exp2(tl.minimum(exponent, 0.0)), 0.0)
+        total += decayed * dt
+        m = decayed * scores
+        if s == u:
+            tl.store(OWN + at_columns, tl.sum(m, 0))
+            tl.store(SKIP + at_rows, tl.sum(tl.where(rows[:, None] == columns[None, :], product, 0.0), 1))
+            crossing = tl.where(rows[:, None] > columns[None, :], tl.cumsum(m * dt, axis=1), 0.0)
+            tl.store(INSIDE + at_columns + w_t, tl.sum(crossing, 0), mask=ts < BLOCK_TOKENS - 1)
+        else:
+            tl.store(ROWS + u * size + at_rows, tl.sum(m * dt, 1))
+            tl.store(COLUMNS + s * size + at_columns, tl.sum(m, 0))
+    tl.store(DSCORES + places, total.to(DSCORES.dtype.element_ty))
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Sizes of one call; `heads` to a group."""
+
+    batch: int
+    groups: int
+    heads: int
+    head_dim: int
+    """Channels of a value, padded."""
+    state_dim: int
+    channels: int
+    """`state_dim` padded to whole blocks."""
+    chunk: int
+    how: Operands
+    straight: bool
+    """B and C are used as they come."""
+
+    @property
+    def values(self) -> int:
+        """Values of all heads of a group."""
+        return self.heads * self.head_dim
+
+    def segments(self, tokens: int) -> list[tuple[int, int]]:
+        size = self.how.dtype.itemsize
+        states = 2 * size * self.channels * self.values // self.chunk
+        rows = self.channels * (2 * size + 8) + 2 * size * self.chunk
+        steps = 4 * self.heads * (12 + 2 * self.chunk // BLOCK)
+        return segments(tokens, self.chunk, self.batch * self.groups * (rows + states + steps))
+
+
+class _Segment:
+    """Scratch of one run of chunks: what both passes make from its inputs."""
+
+    def __init__(self, shape: _Shape, x: Tensor, dt: Tensor, g: Tensor, B: Tensor, C: Tensor, D: Tensor | None, gamma: Tensor | None) -> None:
+        self.shape, self.x, self.B, self.C, self.dt = shape, x, B, C, dt.contiguous()
+        self.D = None if D is None else D.detach().float().contiguous()
+        self.tokens = x.shape[1]
+        self.chunks = self.tokens // shape.chunk
+        s = shape
+        lift = 1 if gamma is None else lift_factor(gamma, B.shape[-1])
+        self.query_rows, self.key_rows = Rows(s.groups, lift, s.channels, gamma, None), Rows(s.groups, lift, s.channels, None, None)
+        if s.straight:
+            self.queries, self.keys = (u.unsqueeze(3).movedim(1, 3) for u in (C, B))
+        else:
+            self.queries, self.keys = self.query_rows.make(C, s.how.dtype), self.key_rows.make(B, s.how.dtype)
+        sums = (g.double() * LOG2E).clamp_min(FORGOTTEN).unflatten(1, (-1, s.chunk)).cumsum(2)
+        total = sums[:, :, -1:]
+        self.hi = sums.float()
+        self.lo = (sums - self.hi).float()
+        self.reading, self.to_end = sums.exp2().float(), (total - sums).exp2().float()
+        self.writing = self.to_end * self.dt.view_as(self.to_end)
+        self.chunk_decay = total.squeeze(2).float().unflatten(2, (s.groups, -1)).movedim(2, 1).contiguous()
+        self.step_strides = (self.tokens * s.groups * s.heads, s.heads, s.groups * s.heads)
+        self.scores = self._scores()
+
+    def scratch(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Uninitialised `[B, groups, *sizes]`."""
+        s = self.shape
+        return torch.empty(s.batch, s.groups, *sizes, dtype=dtype or s.how.dtype, device=self.x.device)
+
+    def per_step(self, *sizes: int) -> Tensor:
+        """Zeros `[*sizes, B, t, H]`, float32."""
+        s = self.shape
+        return torch.zeros(*sizes, s.batch, self.tokens, s.groups * s.heads, dtype=torch.float32, device=self.x.device)
+
+    def column_strides(self, x: Tensor) -> tuple[int, int, int]:
+        """Batch, group and time strides of values `[B, t, H, P]`."""
+        return x.stride(0), self.shape.values, x.stride(1)
+
+    @property
+    def pairs(self) -> int:
+        return (self.shape.chunk // BLOCK) ** 2
+
+    def _scores(self) -> Tensor:
+        """C_i · B_j without decays, `[B, groups, 1, t, chunk]`, written for blocks on and below the diagonal."""
+        s, q, k = self.shape, self.queries, self.keys
+        out = self.scratch(1, self.tokens, s.chunk)
+        blocks.score_pairs[(self.pairs, self.chunks, s.batch * s.groups)](
+            q, k, out, q.stride(0), q.stride(1), 0, q.stride(3), k.stride(0), k.stride(1), k.stride(3),
+            s.groups, self.tokens, s.channels,
+            GROUP=1, PARTS=1, CHUNK=s.chunk, PRECISION=s.how.precision, BK=BLOCK, **LAUNCHES["pairs"].options(BLOCK, BLOCK, s.how),
+        )  # fmt: skip
+        return out
+
+    def carry(
+        self, rows: Tensor, values: Tensor, weights: Tensor, start: Tensor, states: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """States in front of every chunk and after the last; the last in float32; and energies. See `gla`; backward with `states`."""
+        s, backward = self.shape, states is not None
+        launch = LAUNCHES["carry by head"]
+        bk, bv = state_tiles(launch, s.channels, s.values, s.batch * s.groups, s.head_dim)
+        carried, end = self.scratch(self.chunks + 1, s.channels, s.values), torch.empty_like(start)
+        grid = (s.values // bv, s.channels // bk, s.batch * s.groups)
+        energy = end
+        if backward:
+            energy = torch.empty(grid[1], s.batch * s.groups, self.chunks, s.values, dtype=torch.float32, device=end.device)
+        x_strides = (rows.stride(0), rows.stride(1), 0, 0, rows.stride(3))
+        y_b, y_h, y_t = self.column_strides(values)
+        blocks.carry_states[grid](
+            rows, values, weights, self.chunk_decay, start, carried, end, carried if states is None else states, energy,
+            *x_strides, y_b, y_h, 0, y_t, *self.step_strides, s.groups, self.chunks, s.channels, s.values, s.values, s.head_dim,
+            GROUP=1, CHUNK=s.chunk, BY_ROW=False, BACKWARD=backward, PRECISION=s.how.precision, BK=bk, BV=bv,
+            **launch.options(bk, bv, s.how),
+        )  # fmt: skip
+        return carried, end, energy
+
+    def read(
+        self, rows: Tensor, states: Tensor, y: Tensor, scale: Tensor, *, transposed: bool, out: Tensor | None = None,
+        partner: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Outputs (transposed: gradients of values) into `out`; and Σ over a head's channels of partner · (rows S_c), `[B, t, H]`."""
+        s = self.shape
+        launch = LAUNCHES["read by head"]
+        bm, bn = min(s.chunk, launch.rows), min(s.head_dim, launch.columns)
+        sums = y if partner is None else self.per_step(s.head_dim // bn)
+        partner_strides = (0, 0, 0) if partner is None else self.column_strides(partner)
+        y_b, y_h, y_t = self.column_strides(y)
+        o_b, o_h, o_t = (0, 0, 0) if out is None else self.column_strides(out)
+        blocks.read_states[(s.values // bn, self.tokens // bm, s.batch * s.groups)](
+            rows, states, self.scores, y, y if out is None else out, scale, self.hi, self.lo, self.dt,
+            self.dt if self.D is None else self.D, y if partner is None else partner, sums,
+            rows.stride(0), rows.stride(1), 0, 0, rows.stride(3), y_b, y_h, 0, y_t, o_b, o_h, 0, o_t, *partner_strides,
+            *self.step_strides, s.groups, self.tokens, self.chunks, s.channels, s.values, s.values, s.head_dim,
+            GROUP=1, PARTS=1, CHUNK=s.chunk, TRANSPOSED=transposed, SCALAR=True, HAS_SKIP=self.D is not None,
+            SUMMED=partner is not None, WRITTEN=out is not None, PRECISION=s.how.precision, BM=bm, BN=bn, BK=BLOCK,
+            **launch.options(bm, bn, s.how),
+        )  # fmt: skip
+        return sums if partner is None else sums.sum(0)
+
+    def project(self, x: Tensor, weights: Tensor, states: Tensor, dscores: Tensor, rows: Tensor, *, transposed: bool) -> Tensor:
+        """(x · weights) S_cᵀ + (dscores causal) rows, float32 `[B, groups, 1, t, K]`."""
+        s = self.shape
+        out = self.scratch(1, self.tokens, s.channels, dtype=torch.float32)
+        launch = LAUNCHES["project"]
+        bm, bn = min(s.chunk, launch.rows), tile(s.channels, launch.columns, 128, 64)
+        x_b, x_h, x_t = self.column_strides(x)
+        blocks.project[(s.channels // bn, self.tokens // bm, s.batch * s.groups)](
+            x, states, dscores, rows, weights, out, x_b, x_h, 0, x_t, rows.stride(0), rows.stride(1), rows.stride(3),
+            *self.step_strides, s.groups, self.tokens, self.chunks, s.channels, s.values, s.values, s.head_dim,
+            GROUP=1, PARTS=1, CHUNK=s.chunk, WEIGHTED=True, TRIANGLE=True, TRANSPOSED=transposed,
+            PRECISION=s.how.precision, BM=bm, BN=bn, BK=min(s.head_dim, BLOCK), **launch.options(bm, bn, s.how),
+        )  # fmt: skip
+        return out
+
+    def pair_gradients(self, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of scores, and per step and head `rows` (by slot), `columns` (slots added up), `own`, `inside` and `skip`."""
+        s = self.shape
+        dscores, slots = torch.empty_like(self.scores), s.chunk // BLOCK
+        rows, columns = self.per_step(slots), self.per_step(slots)
+        own, inside, skip = self.per_step(), self.per_step(), self.per_step()
+        pair_gradients[(self.pairs, self.chunks, s.batch * s.groups)](
+            self.x, dy, self.scores, self.hi, self.lo, self.dt, dscores, rows, columns, own, inside, skip,
+            *self.column_strides(self.x), *self.column_strides(dy), *self.step_strides,
+            s.groups, self.tokens, s.heads, s.head_dim, own.numel(),
+            CHUNK=s.chunk, PRECISION=s.how.precision, BP=min(s.head_dim, 64),
+            **LAUNCHES["pair gradients"].options(BLOCK, BLOCK, s.how),
+        )  # fmt: skip
+        return dscores, rows, columns.sum(0), own, inside, skip
+
+    def decay_gradients(
+        self, read: Tensor, written: Tensor, energy: Tensor, rows: Tensor, columns: Tensor, inside: Tensor, g: Tensor
+    ) -> Tensor:
+        """Gradients of log-decays `[B, t, H]`: a token's decay touches what tokens before it wrote and tokens from it on read.
+
+        Every sum runs over such pairs alone. As a difference of sums over all pairs it would leave their rounding errors where strong
+        decays make the rest tiny.
+
+        Args:
+            read: what each token reads of states in front of the chunk.
+            written: what each token, its step included, adds to the state behind the chunk.
+            energy: what crosses whole chunks, from `carry`.
+            rows, columns, inside: pairs within the chunk, see the kernel; `columns` with the step included.
+            g: log-decays.
+        """
+        s = self.shape
+        crossing = energy.sum(0).view(s.batch, s.groups, self.chunks, s.heads, s.head_dim).sum(-1).movedim(1, 2).flatten(2)
+        read, written, inside = (u.unflatten(1, (-1, s.chunk)) for u in (read, written, inside))
+        dg = _from_here_on(read) + _before(written) + inside + crossing[:, :, None]
+        dg += _before(columns.unflatten(1, (-1, BLOCK))).view_as(dg)
+        for u, row in enumerate(rows[:-1]):
+            later = slice((u + 1) * BLOCK, None)
+            dg[:, :, later] += _from_here_on(row.unflatten(1, (-1, s.chunk))[:, :, later])
+        return dg.flatten(1, 2).masked_fill(g * LOG2E < FORGOTTEN, 0)
+
+
+def _from_here_on(x: Tensor) -> Tensor:
+    """Sums over dimension 2 from each place on."""
+    return x.flip(2).cumsum(2).flip(2)
+
+
+def _before(x: Tensor) -> Tensor:
+    """Sums over dimension 2 up to each place, itself excluded."""
+    return F.pad(x, (0, 0, 1, -1)).cumsum(2)
+
+
+class _SSD(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dt, log_decay, B, C, D, gamma, state, shape):  # type: ignore[no-untyped-def]  # noqa: ANN001
+        """Rows `[B, T, ...]` of whole chunks and padded values; the state `[B, groups, K, heads * P]`, float32."""
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        starts = []
+        for start, end in shape.segments(x.shape[1]):
+            starts.append(state)
+            segment = _Segment(shape, *(u[:, start:end] for u in (x, dt, log_decay, B, C)), D, gamma)
+            states, state, _ = segment.carry(segment.keys, segment.x, segment.writing, state)
+            segment.read(segment.queries, states, segment.x, segment.reading, transposed=False, out=y[:, start:end])
+        ctx.save_for_backward(x, dt, log_decay, B, C, D, gamma, *starts)
+        ctx.shape = shape
+        return y, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dstate):  # type: ignore[no-untyped-def]  # noqa: ANN001
+        """Segments from the last to the first, each made again from the state in front of it."""
+        x, dt, log_decay, B, C, D, gamma, *starts = ctx.saved_tensors
+        shape: _Shape = ctx.shape
+        dy, dstate = _rows_side_by_side(dy), dstate.contiguous()
+        dx, ddt, dg, dB, dC = (torch.empty_like(u, memory_format=torch.contiguous_format) for u in (x, dt, log_decay, B, C))
+        dD = None if D is None else torch.zeros_like(D, dtype=torch.float32)
+        dgamma = None if gamma is None else torch.zeros_like(gamma, dtype=torch.float32)
+        for (start, end), state in reversed(list(zip(shape.segments(x.shape[1]), starts, strict=True))):
+            here = slice(start, end)
+            segment = _Segment(shape, *(u[:, here] for u in (x, dt, log_decay, B, C)), D, gamma)
+            part, values = dy[:, here], segment.x
+            states, _, _ = segment.carry(segment.keys, values, segment.writing, state)
+            dstates, dstate, energy = segment.carry(segment.queries, part, segment.reading, dstate, states)
+            read = segment.read(segment.queries, states, part, segment.reading, transposed=False, partner=part)
+            written = segment.read(
+                segment.keys, dstates, part, segment.to_end, transposed=True, out=dx[:, here], partner=values
+            )
+            dscores, rows, columns, own, inside, skip = segment.pair_gradients(part)
+            step, g = segment.dt, log_decay[:, here]
+            ddt[:, here] = columns + own + written
+            dg[:, here] = segment.decay_gradients(read, step * written, energy, rows, step * columns, inside, g)
+            if dD is not None:
+                dD += skip.sum((0, 1))
+            dqueries = segment.project(part, segment.reading, states, dscores, segment.keys, transposed=False)
+            dkeys = segment.project(values, segment.writing, dstates, dscores, segment.queries, transposed=True)
+            if shape.straight:
+                dC[:, here], dB[:, here] = (grad.squeeze(2).transpose(1, 2) for grad in (dqueries, dkeys))
+            else:
+                more, _ = segment.query_rows.take_apart(segment.C, dqueries, dC[:, here])
+                segment.key_rows.take_apart(segment.B, dkeys, dB[:, here])
+                dgamma = None if dgamma is None or more is None else dgamma + more
+        dD, dgamma = (grad if u is None else grad.to(u.dtype) for grad, u in ((dD, D), (dgamma, gamma)))
+        return dx, ddt, dg, dB, dC, dD, dgamma, dstate, None
