@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # fla-core's naive functions serve as an oracle; without its dependencies, so that no second torch is fetched.
-DEV := build einops hypothesis mypy peft pytest pytest-xdist ruff types-PyYAML
+DEV := build einops hypothesis 'lm-eval>=0.4.13,<0.5' mypy 'numpy<2.4' peft pytest pytest-xdist ruff 'triton>=3.6' types-PyYAML
 
 .PHONY: quickstart test lint clean
 

@@ -2,14 +2,15 @@
 
     python benchmarks/kernels.py --out benchmarks/results/kernels-h100.csv
 
-Every (implementation, shape) runs in a process of its own, because the peers' autotuning caches leave out sizes that matter. Rows that
-the table already holds for this device and these versions are skipped, so the driver can be stopped and started again. The peers need
-`pip install flash-linear-attention` and mamba_ssm's `ops/triton` folder on the path; those that cannot be imported are left out.
+Every (implementation, shape) runs in a process of its own, because the peers' autotuning caches leave out sizes that matter. Rows
+that the table already holds for this device and these versions are skipped, so the driver can be stopped and started again. The
+peers need `pip install flash-linear-attention` and mamba_ssm's `ops/triton` folder on the path; those that cannot be imported are
+left out.
 
-Forward and forward+backward: CUDA events around single calls, inputs rotated so that they do not lie in the cache. Decode: CUDA graphs
-of several tokens over rotated states, so that launch overheads, which a serving loop captures too, do not count. Memory is the peak
-above the inputs, gradients and outputs included. The floor is the larger of bytes over 3.0 TB/s and operations over 600 TFLOP/s, with
-states written and read once per 256 tokens in bfloat16 (a decode step: the state read and written once).
+Forward and forward+backward: CUDA events around single calls, inputs rotated so that they do not lie in the cache. Decode: CUDA
+graphs of several tokens over rotated states, so that launch overheads, which a serving loop captures too, do not count. Memory is
+the peak above the inputs, gradients and outputs included. The floor is the larger of bytes over 3.0 TB/s and operations over 600
+TFLOP/s, with states written and read once per 256 tokens in bfloat16 (a decode step: the state read and written once).
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = (
-    "op,impl,pass,B,T,H,K,V,dtype,ms_median,ms_p10,ms_p90,extra_mem_mib,floor_ms,first_result_s,device,torch,triton,impl_version,date"
-).split(",")
+    "op", "impl", "pass", "B", "T", "H", "K", "V", "dtype", "ms_median", "ms_p10", "ms_p90", "extra_mem_mib", "floor_ms",
+    "first_result_s", "device", "torch", "triton", "impl_version", "date",
+)  # fmt: skip
 IDENTITY = ("op", "impl", "pass", "B", "T", "H", "K", "V", "dtype", "device", "torch", "triton", "impl_version")
-"""Columns that say what a row measured: a row that agrees in all of them is not measured again."""
+"""Columns that say what a row measured: a row that agrees in all of them is
+not measured again."""
 
 PEERS = {"gla": "fla", "ssd": "mamba_ssm"}
 TOKENS = 65_536
@@ -108,7 +111,9 @@ def floor_ms(shape: Shape, batch: int, tokens: int, what: str, state_bytes: int 
         return 1e3 * max(forward_bytes / BANDWIDTH, forward_operations / PEAK)
     # Backward: states once more, their gradients, and the gradients of queries, keys and values: five products of the state's size.
     backward_bytes, backward_operations = 2 * inputs + 2 * outputs + 2 * states, 10 * rows * state + 3 * pairs
-    return 1e3 * (max(forward_bytes / BANDWIDTH, forward_operations / PEAK) + max(backward_bytes / BANDWIDTH, backward_operations / PEAK))
+    return 1e3 * (
+        max(forward_bytes / BANDWIDTH, forward_operations / PEAK) + max(backward_bytes / BANDWIDTH, backward_operations / PEAK)
+    )
 
 
 def inputs_of(shape: Shape, batch: int, tokens: int) -> dict[str, Any]:
@@ -149,7 +154,9 @@ def implementation(job: Job) -> tuple[Callable[..., Any], str]:
     if job.impl == "fla":
         from fla.ops.gla import chunk_gla
 
-        return lambda q, k, v, log_decay: chunk_gla(q, k, v, log_decay, scale=scale)[0], version("fla-core", "flash-linear-attention")
+        return lambda q, k, v, log_decay: chunk_gla(q, k, v, log_decay, scale=scale)[0], version(
+            "fla-core", "flash-linear-attention"
+        )
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     return lambda x, dt, A, B, C, D: mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256, D=D), version("mamba_ssm")
@@ -272,7 +279,9 @@ def timed(call: Callable[[], Any], count: int) -> list[float]:
     return sorted(start.elapsed_time(end) for start, end in events)
 
 
-def row(job: Job, what: str, batch: int, tokens: int, times: list[float], extra: float | None, first: float | None) -> dict[str, Any]:
+def row(
+    job: Job, what: str, batch: int, tokens: int, times: list[float], extra: float | None, first: float | None
+) -> dict[str, Any]:
     """One line of the table."""
     shape = job.shape
     floor = floor_ms(shape, batch, tokens, what)
@@ -295,8 +304,8 @@ def identity(job: Job, what: str, batch: int, tokens: int) -> dict[str, Any]:
     shape = job.shape
     return {
         "op": shape.op, "impl": f"{job.impl}-lift" if shape.lift > 1 else job.impl, "pass": what, "B": batch, "T": tokens,
-        "H": shape.H, "K": shape.K, "V": shape.V, "dtype": "bf16", "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": triton.__version__, "impl_version": implementation(job)[1],
+        "H": shape.H, "K": shape.K, "V": shape.V, "dtype": "bf16", "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__, "triton": triton.__version__, "impl_version": implementation(job)[1],
     }  # fmt: skip
 
 
@@ -338,10 +347,11 @@ def is_known(job: Job, known: list[dict[str, str]]) -> bool:
 def show(line: dict[str, Any]) -> None:
     """One measured row, readable."""
     share = float(line["floor_ms"]) / float(line["ms_median"])
+    sizes = " ".join(f"{name}={line[name]}" for name in "BTHKV")
     print(
-        f"{line['op']} {line['impl']:10} {line['pass']:8} B={line['B']:<3} T={line['T']:<6} H={line['H']:<3} K={line['K']:<5} V={line['V']:<5}"
-        f" {line['ms_median']:>9} ms ({line['ms_p10']} to {line['ms_p90']}), {share:.0%} of the floor's speed,"
-        f" {line['extra_mem_mib'] or '-'} MiB, first result {line['first_result_s'] or '-'} s",
+        f"{line['op']} {line['impl']:11} {line['pass']:8} {sizes:36}"
+        f" {line['ms_median']:>9} ms ({line['ms_p10']} to {line['ms_p90']}),"
+        f" {share:.0%} of the floor's speed, {line['extra_mem_mib'] or '-'} MiB, first result {line['first_result_s'] or '-'} s",
         flush=True,
     )
 

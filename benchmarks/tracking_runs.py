@@ -164,6 +164,7 @@ class Training:
 
     def __init__(self, spec: Spec, model: StatexForCausalLM, words: Words | None, books: Books | None, width: int) -> None:
         self.spec, self.model, self.words, self.books = spec, model, words, books
+        model.set_backend("chunked")  # these models are too small for tiles of 64
         device = model.device
         self.rates = [torch.zeros((), device=device) for _ in RATE_FACTORS]
         groups: list[list[Tensor]] = [[], []]

@@ -91,9 +91,7 @@ class Preset:
 
 
 PRESETS = {
-    "gla": Preset(
-        "gla", hidden_size=256, num_layers=4, heads=2, key_dim=8, steps=4000, expand_v=0.5, intermediate_size=1536
-    ),
+    "gla": Preset("gla", hidden_size=256, num_layers=4, heads=2, key_dim=8, steps=4000, expand_v=0.5, intermediate_size=1536),
     "mamba2": Preset("mamba2", hidden_size=384, num_layers=5, heads=12, key_dim=16, steps=4500, text_rows=48, joined=True),
     "gla-quickstart": Preset("gla", hidden_size=128, num_layers=4, heads=2, key_dim=8, steps=4000),
 }
@@ -153,7 +151,6 @@ class Mixture:
         rows = self.preset.text_rows
         needles = self.needles[self.randint(len(self.needles), rows // 8)].long() + BYTE_OFFSET
         return torch.cat([self.windows(rows - len(needles), self.preset.window), needles])
-
 
     def apart(self, num_pairs: int) -> list[tuple[Tensor, Tensor]]:
         """Text, and MQAR rows in a batch of their own."""
@@ -227,8 +224,8 @@ class Backward:
     """Forward and backward of one batch, `(ids, labels) -> loss` in nats; gradients add up in `.grad`.
 
     A model of a few million parameters is bound by kernel launches and elementwise passes. On a GPU the text batches, all of one
-    shape, are compiled, and the work on every shape is captured once as a CUDA graph and then replayed. The graphs share their memory,
-    so that several runs fit on one card; nothing but the gradients and a copy of the loss outlives a replay.
+    shape, are compiled, and the work on every shape is captured once as a CUDA graph and then replayed. The graphs share their
+    memory, so that several runs fit on one card; nothing but the gradients and a copy of the loss outlives a replay.
     """
 
     def __init__(self, model: StatexForCausalLM, compiled_shape: tuple[int, int]) -> None:
@@ -356,13 +353,25 @@ def main() -> None:
     parser.add_argument("--test", type=Path, required=True, help="held-out books, likewise")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--state", type=int, default=1, help="multiply the key dimension")
-    parser.add_argument("--backend", default="chunked", help="kernels: the chunked ones compile into the few launches that small models need")
+    parser.add_argument(
+        "--backend", default="chunked", help="kernels: the chunked ones compile into the few launches that small models need"
+    )
     parser.add_argument("--lift", type=int, default=1, help="lift keys and queries")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--eval-every", type=int, default=1000)
-    for field in ("hidden_size", "num_layers", "heads", "key_dim", "text_rows", "mqar_tokens", "max_pairs", "window", "intermediate_size"):
+    for field in (
+        "hidden_size",
+        "num_layers",
+        "heads",
+        "key_dim",
+        "text_rows",
+        "mqar_tokens",
+        "max_pairs",
+        "window",
+        "intermediate_size",
+    ):
         parser.add_argument(f"--{field.replace('_', '-')}", type=int)
     for field in ("expand_v", "learning_rate"):
         parser.add_argument(f"--{field.replace('_', '-')}", type=float)

@@ -87,8 +87,8 @@ def gla(
         initial_state: `[N, H, factor * K, V]`, zeros by default.
         output_final_state: also return the state after the last token.
         cu_seqlens: borders `[N + 1]` of N sequences packed into one row (B = 1), from 0 to T. States do not cross borders.
-        backend: "auto" (Triton on CUDA devices, else chunked), "triton", "chunked" (any device) or "reference" (float64, one token at
-            a time).
+        backend: "auto" (Triton on CUDA devices, else chunked), "triton", "chunked" (any device) or "reference" (float64, one
+            token at a time).
 
     Returns:
         o `[B, T, Hq, V]` in the dtype of `q`, and the final state `[N, H, factor * K, V]` in float32 (float64), or None.

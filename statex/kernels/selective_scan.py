@@ -84,9 +84,7 @@ def _scan(
     state_dim = B.shape[-1] * lift_factor(shared[2], B.shape[-1])
     initial = x.new_zeros(batch, state_dim, channels, dtype=dtype) if state is None else state.to(dtype).squeeze(1)
     elements = 8 * batch * state_dim * channels  # decays, updates, states, and in the backward pass their gradients
-    y, final = run_segments(
-        _segment, rows, shared, initial, chunk=1, elements_per_token=elements, cu_seqlens=cu_seqlens
-    )
+    y, final = run_segments(_segment, rows, shared, initial, chunk=1, elements_per_token=elements, cu_seqlens=cu_seqlens)
     return y, final[:, None]
 
 

@@ -40,9 +40,7 @@ def gla_step(
     _check_state(state, (batch, heads, factor * key_dim, v.shape[-1]))
     if (kernel := step_kernel(state)) is not None:
         decay = log_decay if spectrum is None else extended(log_decay.float(), spectrum.float())
-        return kernel.gla_step(
-            q, k, v, decay, state, logarithm=spectrum is None, scale=scale, mixing=mixing, lift_gamma=lift_gamma
-        )
+        return kernel.gla_step(q, k, v, decay, state, logarithm=spectrum is None, scale=scale, mixing=mixing, lift_gamma=lift_gamma)
     dtype = state.dtype
     decay = _decay(log_decay.to(dtype), spectrum).repeat(1, 1, factor)
     keys = lifted_key(k.to(dtype), factor)

@@ -13,7 +13,9 @@ LOGITS = 1 << 27
 IGNORED = -100
 
 
-def next_token_loss(head: nn.Module, hidden_states: Tensor, labels: Tensor, vocab_size: int, divisor: Tensor | float | None) -> Tensor:
+def next_token_loss(
+    head: nn.Module, hidden_states: Tensor, labels: Tensor, vocab_size: int, divisor: Tensor | float | None
+) -> Tensor:
     """Cross-entropy of the next tokens in nats; pieces of logits are made, used and, in the backward pass, made again.
 
     Args:

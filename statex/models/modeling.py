@@ -301,15 +301,13 @@ class StatexForCausalLM(StatexPreTrainedModel, GenerationMixin):
             cu_seqlens=cu_seqlens,
         )
         hidden_states = outputs.last_hidden_state
+        loss: Tensor | None = None
         if labels is not None and not return_logits:
             divisor = kwargs.get("num_items_in_batch")
             loss = next_token_loss(self.lm_head, hidden_states, labels, self.config.description.vocab_size, divisor)
-            return CausalLMOutputWithPast(
-                loss=loss, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
-            )
+            return CausalLMOutputWithPast(loss=loss, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, kept])
-        loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         return CausalLMOutputWithPast(

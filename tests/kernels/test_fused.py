@@ -23,7 +23,10 @@ NARROW_TOLERANCE = {torch.bfloat16: 1e-2 if DEVICE == "cuda" else 2e-2, torch.fl
 """A handful of roundings of 2^-9 or 2^-11 each; the interpreter cuts bfloat16 off where a GPU rounds to the nearest."""
 
 scaled_gla = functools.partial(gla, scale=0.4)
-KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] = {"gla": (scaled_gla, gla_inputs), "ssd": (ssd, ssd_inputs)}
+KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] = {
+    "gla": (scaled_gla, gla_inputs),
+    "ssd": (ssd, ssd_inputs),
+}
 FORMS = {
     "gla plain": ("gla", {}),
     "gla all, channel": ("gla", {"group": 2, "mixing": "channel", "lift": 2}),
@@ -147,7 +150,10 @@ def test_one_token_updates_the_state_in_place_as_the_plain_step_does(
     name, sizes = STEP_FORMS[form]
     _, make = KERNELS[name]
     step = functools.partial(gla_step, scale=0.4) if name == "gla" else ssd_step
-    inputs = {key: x[:, 0] if key in ("q", "k", "v", "log_decay", "x", "dt", "B", "C") else x for key, x in make(1, "strong", **sizes).items()}
+    inputs = {
+        key: x[:, 0] if key in ("q", "k", "v", "log_decay", "x", "dt", "B", "C") else x
+        for key, x in make(1, "strong", **sizes).items()
+    }
     if spectrum:
         inputs["spectrum"] = torch.rand(inputs["k"].shape[1:] if name == "gla" else inputs["A"].shape)
     state = inputs.pop("initial_state")
@@ -172,5 +178,3 @@ def test_without_triton_the_reason_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(triton_backend, "MODULES", {})
     with pytest.raises(ValueError, match=r"needs Triton \(pip install 'statex\[gpu\]'\)"):
         scaled_gla(**gla_inputs(5), backend="triton")
-
-

@@ -12,7 +12,9 @@ from statex.models.loss import next_token_loss
 
 @pytest.mark.parametrize("pieces", [1, 4])
 @pytest.mark.parametrize("divisor", [None, 7.0])
-def test_pieces_give_the_loss_and_the_gradients_of_the_whole(pieces: int, divisor: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_give_the_loss_and_the_gradients_of_the_whole(
+    pieces: int, divisor: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     head, vocab = nn.Linear(6, 11, bias=False), 11
     hidden, labels = torch.randn(2, 8, 6, requires_grad=True), torch.randint(0, vocab, (2, 8))
     labels[0, 3] = labels[1, 0] = -100

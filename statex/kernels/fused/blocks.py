@@ -1,8 +1,8 @@
 """The matrix products that GLA and SSD share: carrying states over chunks, reading them, scores of token pairs, gradients.
 
 Time is cut into chunks of CHUNK tokens, chunks into blocks of BLOCK. A *reader* is one (query, value block) pair of a head: GLA has
-`GROUP` queries to a head and, under a mixing matrix, `PARTS` blocks of its values, each read with a query of its own. States and row
-workspaces are padded by the caller, so that no product needs a mask. Tensors of the caller come with their strides.
+`GROUP` queries to a head and, under a mixing matrix, `PARTS` blocks of its values, each read with a query of its own. States and
+row workspaces are padded by the caller, so that no product needs a mask. Tensors of the caller come with their strides.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def carry_states(
     """STATES[c] = the state in front of chunk c; S <- decay_c ∘ S + X_cᵀ Y_c. Backward in time: the gradient behind chunk c.
 
     A program keeps one tile of the state in registers over all tokens, so a state is written once a chunk and never read. Decays go
-    by row (GLA: X and Y come ready) or by head (SSD: Y is weighted by W on the way, and a tile lies within one head). Going backward, ENERGY gets, per chunk and row
-    (column), the sum over the tile of the state OTHER in front of the chunk times its gradient by way of the state behind the chunk:
-    the gradient of the log-decay of the whole chunk.
+    by row (GLA: X and Y come ready) or by head (SSD: Y is weighted by W on the way, and a tile lies within one head). Going
+    backward, ENERGY gets, per chunk and row (column), the sum over the tile of the state OTHER in front of the chunk times its
+    gradient by way of the state behind the chunk: the gradient of the log-decay of the whole chunk.
 
     Grid: (V / BV, K / BK, B * heads).
     """
@@ -151,9 +151,9 @@ def read_states(
 ):  # fmt: skip
     """OUT = X S_c + (A causal) Y: outputs from queries and values; with TRANSPOSED, value gradients from keys and output gradients.
 
-    Not transposed, programs run over queries of a group; transposed, one program adds up the group. SCALAR (SSD): ROW_SCALE on X S_c,
-    decays inside the chunk from HI + LO, SKIP the factor D of the skip connection. SUMMED: SUMS gets the row sums of X S_c times
-    PARTNER, from which decay and step gradients are made; WRITTEN false: nothing else is computed.
+    Not transposed, programs run over queries of a group; transposed, one program adds up the group. SCALAR (SSD): ROW_SCALE on
+    X S_c, decays inside the chunk from HI + LO, SKIP the factor D of the skip connection. SUMMED: SUMS gets the row sums of X S_c
+    times PARTNER, from which decay and step gradients are made; WRITTEN false: nothing else is computed.
 
     Grid: (V / BN, tokens / BM, B * heads * (1 if TRANSPOSED else GROUP)).
     """
@@ -221,7 +221,8 @@ def project(
 ):  # fmt: skip
     """OUT = X S_cᵀ over each part's values: gradients of queries (X the output gradients) or keys (X the values), float32.
 
-    WEIGHTED (SSD): X is multiplied by W per token and head, and BK divides a head's channels. TRIANGLE (SSD): plus (A causal, or transposed) Y.
+    WEIGHTED (SSD): X is multiplied by W per token and head, and BK divides a head's channels. TRIANGLE (SSD): plus (A causal, or
+    transposed) Y.
 
     Grid: (K / BN, tokens / BM, B * heads * GROUP * PARTS); OUT is `[B, heads, GROUP * PARTS, tokens, K]`.
     """

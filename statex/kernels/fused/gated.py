@@ -1,11 +1,11 @@
 """What decays per key channel (GLA): decayed operands, scores inside chunks, and their gradients.
 
 Inside a block of BLOCK tokens let b_i be the sum of log2-decays up to and including token i, and e_u the sum over all of block u.
-`near` rows carry the decay to a border of their block (queries from its start, keys to its end), `far` rows the decay to a border of
-their chunk. A pair of tokens in blocks s > u scores (q_near_i ∘ exp2(e_{u+1} + .. + e_{s-1})) · k_near_j, and a pair in one block
-(q_near_i ∘ exp2(-e_s)) · k_near_j, as long as no channel of the block decays by more than MILD in all. Where one does, the block's pairs
-are scored level by level: at level h those of neighbouring runs of h tokens, decayed to the border between the runs, so that no
-exponent is ever positive. Sums of decays are never subtracted from one another.
+`near` rows carry the decay to a border of their block (queries from its start, keys to its end), `far` rows the decay to a border
+of their chunk. A pair of tokens in blocks s > u scores (q_near_i ∘ exp2(e_{u+1} + .. + e_{s-1})) · k_near_j, and a pair in one
+block (q_near_i ∘ exp2(-e_s)) · k_near_j, as long as no channel of the block decays by more than MILD in all. Where one does, the
+block's pairs are scored level by level: at level h those of neighbouring runs of h tokens, decayed to the border between the
+runs, so that no exponent is ever positive. Sums of decays are never subtracted from one another.
 """
 
 from __future__ import annotations
@@ -188,10 +188,10 @@ def row_gradients(
 ):  # fmt: skip
     """Gradients of queries, keys and log-decay sums from those of scores (DA) and far rows (DQ_FAR, DK_FAR, float32).
 
-    DB_i is what token i adds to the gradients of all log-decays of the chunk up to its own: what it reads counts up, what it writes for
-    later tokens of the chunk counts down, each as the product of the very rounded operands that the forward products used, so that what
-    should cancel does. A token's product with itself decays by nothing and is kept out; so is what the far keys write, see
-    `decay_gradients`.
+    DB_i is what token i adds to the gradients of all log-decays of the chunk up to its own: what it reads counts up, what it
+    writes for later tokens of the chunk counts down, each as the product of the very rounded operands that the forward products
+    used, so that what should cancel does. A token's product with itself decays by nothing and is kept out; so is what the far
+    keys write, see `decay_gradients`.
 
     Grid: (channels / BK, tokens / BLOCK, B * heads).
     """
@@ -294,8 +294,9 @@ def decay_gradients(
 ):  # fmt: skip
     """Gradients of log-decays: a token's decay touches what tokens before it wrote and tokens from it on read.
 
-    DG_t = Σ_{i >= t} DB_i + Σ_{j < t} K_FAR_j DK_FAR_j + ENERGY over the chunk, and over the parts of a lifted key. The sum over writers
-    runs up to t: as all minus those from t on it would leave rounding errors of the whole where strong decays make the rest tiny.
+    DG_t = Σ_{i >= t} DB_i + Σ_{j < t} K_FAR_j DK_FAR_j + ENERGY over the chunk, and over the parts of a lifted key. The sum over
+    writers runs up to t: as all minus those from t on it would leave rounding errors of the whole where strong decays make the
+    rest tiny.
 
     ENERGY is `[tiles, B * heads, chunks, channels]`; DK_FAR is used up. Grid: (key_dim / BK rounded up, chunks, B * heads).
     """
@@ -331,5 +332,7 @@ def decay_gradients(
         for part in range(0, LIFT):
             db += tl.load(DB + rows + part * key_dim, mask=inside, other=0.0)
         dg = tl.cumsum(db, axis=0, reverse=True) + behind[None, :] + tl.load(DK_FAR + rows, mask=inside, other=0.0)
-        tl.store(DG + (z // heads) * g_b + (z % heads) * g_h + t[:, None] * g_t + cs[None, :], dg.to(DG.dtype.element_ty), mask=inside)
+        tl.store(
+            DG + (z // heads) * g_b + (z % heads) * g_h + t[:, None] * g_t + cs[None, :], dg.to(DG.dtype.element_ty), mask=inside
+        )
         behind += tl.sum(db, 0)

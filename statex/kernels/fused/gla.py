@@ -1,11 +1,12 @@
 """Gated linear attention on a GPU: what `statex.kernels.gla` computes, forward and backward, segment by segment.
 
-A segment's rows, scores and states live in scratch memory and are made again in the backward pass; kept are the inputs and one float32
-state a segment. With bfloat16 inputs products and stored states are bfloat16 and every sum is float32.
+A segment's rows and states live in scratch memory and are made again in the backward pass; kept are the inputs, the scores inside
+chunks and one float32 state a segment. With bfloat16 inputs products and stored states are bfloat16 and every sum is float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +128,8 @@ class _Shape:
 class _Segment:
     """Scratch of one run of chunks: what both passes make from its inputs."""
 
-    def __init__(self, shape: _Shape, q: Tensor, k: Tensor, v: Tensor, g: Tensor, gamma: Tensor | None, mixing: Tensor | None) -> None:
+    def __init__(self, shape: _Shape, rows: Iterable[Tensor], gamma: Tensor | None, mixing: Tensor | None) -> None:
+        q, k, v, g = rows
         self.shape, self.q, self.k, self.v, self.g = shape, q, k, v, g
         self.tokens = q.shape[1]
         self.chunks = self.tokens // shape.chunk
@@ -172,7 +174,8 @@ class _Segment:
         out = self.scratch(s.readers, self.tokens, s.chunk)
         gated.scores[(self.pairs, self.chunks, s.batch * s.heads * s.readers)](
             self.queries, self.keys, self.g, self.q_near, self.k_near, self.block_decay, out, *self.row_arguments,
-            READERS=s.readers, CHUNK=s.chunk, PRECISION=s.how.precision, BK=BLOCK, **LAUNCHES["scores"].options(BLOCK, BLOCK, s.how),
+            READERS=s.readers, CHUNK=s.chunk, PRECISION=s.how.precision, BK=BLOCK,
+            **LAUNCHES["scores"].options(BLOCK, BLOCK, s.how),
         )  # fmt: skip
         return out
 
@@ -187,13 +190,13 @@ class _Segment:
         carried, end = self.scratch(self.chunks + 1, s.channels, s.values), torch.empty_like(start)
         grid = (s.values // bv, s.channels // bk, s.batch * s.heads)
         if grad is None:
-            x, x_strides = self.k_far, (self.k_far.stride(0), self.k_far.stride(1), 0, 0, self.k_far.stride(3))
-            y, y_strides = self.v, (self.v.stride(0), self.v.stride(2), 0, self.v.stride(1))
+            x, x_strides = self.k_far, [*self.k_far.stride()[:2], 0, 0, self.k_far.stride(3)]
+            y, y_strides = self.v, [self.v.stride(0), self.v.stride(2), 0, self.v.stride(1)]
             energy, group = end, 1
         else:
             readers = self.q_far.stride(2)
-            x, x_strides = self.q_far, (*self.q_far.stride()[:2], s.parts * readers, readers, s.channels)
-            y, y_strides = grad, (grad.stride(0), s.group * grad.stride(2), grad.stride(2), grad.stride(1))
+            x, x_strides = self.q_far, [*self.q_far.stride()[:2], s.parts * readers, readers, s.channels]
+            y, y_strides = grad, [grad.stride(0), s.group * grad.stride(2), grad.stride(2), grad.stride(1)]
             energy, group = torch.empty(grid[0], *self.chunk_decay.shape, dtype=torch.float32, device=end.device), s.group
         blocks.carry_states[grid](
             x, y, end, self.chunk_decay, start, carried, end, carried if states is None else states, energy,
@@ -242,7 +245,8 @@ class _Segment:
         blocks.score_pairs[(self.pairs, self.chunks, s.batch * s.heads * s.readers)](
             do, v, out, do.stride(0), s.group * do.stride(2), do.stride(2), do.stride(1), v.stride(0), v.stride(2), v.stride(1),
             s.heads, self.tokens, s.part_width,
-            GROUP=s.group, PARTS=s.parts, CHUNK=s.chunk, PRECISION=s.how.precision, BK=BLOCK, **LAUNCHES["pairs"].options(BLOCK, BLOCK, s.how),
+            GROUP=s.group, PARTS=s.parts, CHUNK=s.chunk, PRECISION=s.how.precision, BK=BLOCK,
+            **LAUNCHES["pairs"].options(BLOCK, BLOCK, s.how),
         )  # fmt: skip
         return out
 
@@ -254,7 +258,8 @@ class _Segment:
         gated.row_gradients[(s.channels // BLOCK, self.tokens // BLOCK, s.batch * s.heads)](
             self.queries, self.keys, self.g, self.q_near, self.q_far, self.k_near, self.block_decay, da, dq_far, dk_far, dq,
             dk, db, *strides, *self.row_arguments[10:],
-            READERS=s.readers, CHUNK=s.chunk, PRECISION=s.how.precision, BK=BLOCK, **LAUNCHES["row gradients"].options(BLOCK, BLOCK, s.how),
+            READERS=s.readers, CHUNK=s.chunk, PRECISION=s.how.precision, BK=BLOCK,
+            **LAUNCHES["row gradients"].options(BLOCK, BLOCK, s.how),
         )  # fmt: skip
         return db
 
@@ -262,42 +267,44 @@ class _Segment:
         """Writes the gradient of log-decays `[B, t, heads, K]`; uses `dk_far` up."""
         s = self.shape
         gated.decay_gradients[(-(-s.key_dim // BLOCK), self.chunks, s.batch * s.heads)](
-            db, dk_far, self.k_far, energy, dg, dg.stride(0), dg.stride(2), dg.stride(1), s.heads, self.tokens, s.channels, s.key_dim, energy.shape[0],
+            db, dk_far, self.k_far, energy, dg, dg.stride(0), dg.stride(2), dg.stride(1),
+            s.heads, self.tokens, s.channels, s.key_dim, energy.shape[0],
             LIFT=s.lift, CHUNK=s.chunk, BK=BLOCK, **LAUNCHES["rows"].options(BLOCK, BLOCK, s.how),
         )  # fmt: skip
 
 
 class _GLA(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, log_decay, mixing, gamma, state, shape):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def forward(ctx, q, k, v, log_decay, mixing, gamma, state, shape):
         """Rows `[B, T, ...]` of whole chunks and padded values; the state padded, float32."""
         o = torch.empty(*q.shape[:3], shape.values, dtype=v.dtype, device=q.device)
-        starts = []
+        kept: list[Tensor] = []
         for start, end in shape.segments(q.shape[1]):
-            starts.append(state)
-            segment = _Segment(shape, *(x[:, start:end] for x in (q, k, v, log_decay)), gamma, mixing)
+            segment = _Segment(shape, (x[:, start:end] for x in (q, k, v, log_decay)), gamma, mixing)
+            scores = segment.scores()
+            kept += [state, scores]
             states, state, _ = segment.carry(state)
-            segment.read(segment.q_far, states, segment.scores(), segment.v, o[:, start:end], transposed=False)
-        ctx.save_for_backward(q, k, v, log_decay, mixing, gamma, *starts)
+            segment.read(segment.q_far, states, scores, segment.v, o[:, start:end], transposed=False)
+        ctx.save_for_backward(q, k, v, log_decay, mixing, gamma, *kept)
         ctx.shape = shape
         return o, state
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, do, dstate):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def backward(ctx, do, dstate):
         """Segments from the last to the first, each made again from the state in front of it."""
-        q, k, v, log_decay, mixing, gamma, *starts = ctx.saved_tensors
+        q, k, v, log_decay, mixing, gamma, *kept = ctx.saved_tensors
         shape: _Shape = ctx.shape
         do, dstate = unit_stride(do), dstate.contiguous()
         dq, dk, dv, dg = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, log_decay))
         dgamma = None if gamma is None else torch.zeros_like(gamma, dtype=torch.float32)
         dmixing = None if mixing is None else torch.zeros_like(mixing, dtype=torch.float32)
-        for (start, end), state in reversed(list(zip(shape.segments(q.shape[1]), starts, strict=True))):
-            segment = _Segment(shape, *(x[:, start:end] for x in (q, k, v, log_decay)), gamma, mixing)
+        for (start, end), state, scores in reversed(list(zip(shape.segments(q.shape[1]), kept[::2], kept[1::2], strict=True))):
+            segment = _Segment(shape, (x[:, start:end] for x in (q, k, v, log_decay)), gamma, mixing)
             part = do[:, start:end]
             states, _, _ = segment.carry(state)
             dstates, dstate, energy = segment.carry(dstate, part, states)
-            segment.read(segment.k_far, dstates, segment.scores(), part, dv[:, start:end], transposed=True)
+            segment.read(segment.k_far, dstates, scores, part, dv[:, start:end], transposed=True)
             dq_far, dk_far = segment.project(part, states, shape.group, shape.parts), segment.project(segment.v, dstates, 1, 1)
             del states, dstates
             dq_part, dk_part = dq[:, start:end], dk[:, start:end]
@@ -312,5 +319,5 @@ class _GLA(torch.autograd.Function):
                 segment.key_rows.take_apart(segment.k, dk_rows, dk_part)
                 dgamma = None if dgamma is None or more_gamma is None else dgamma + more_gamma
                 dmixing = None if dmixing is None or more_mixing is None else dmixing + more_mixing
-        dgamma, dmixing = (grad if x is None else grad.to(x.dtype) for grad, x in ((dgamma, gamma), (dmixing, mixing)))
+        dgamma, dmixing = (None if grad is None else grad.to(x.dtype) for grad, x in ((dgamma, gamma), (dmixing, mixing)))
         return dq, dk, dv, dg, dmixing, dgamma, dstate, None

@@ -1,7 +1,7 @@
 """Keys and queries that carry more than their own channels: lifted (products of channels) and mixed (one query per value block).
 
-The rows are made here, segment by segment, in the dtype of the matrix products, and taken apart again in the backward pass; they are
-never part of a training graph. x is one row of K channels, psi_r(x)_c = x_c x_{c-r} / rms(x).
+The rows are made here, segment by segment, in the dtype of the matrix products, and taken apart again in the backward pass; they
+are never part of a training graph. x is one row of K channels, psi_r(x)_c = x_c x_{c-r} / rms(x).
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def take_rows_apart(
 
 
 class Rows:
-    """What rows are made of: x `[B, t, heads * group, K]` with γ `[heads * group, (lift-1) * K]` and M `[heads, K, parts]`, or None.
+    """What rows are made of: x `[B, t, heads * group, K]` with γ `[heads * group, (lift-1) * K]` and M `[heads, K, parts]`, or
+    None.
 
     Keys have a lift and neither γ nor M.
     """
@@ -147,8 +148,8 @@ class Rows:
         width = triton.next_power_of_2(key_dim)
         per_program = min(64, max(1, ELEMENTS // width))
         options: dict[str, object] = {
-            "GROUP": group, "PARTS": self.parts, "LIFT": self.lift, "GATED": self.gamma is not None, "MIXED": self.mixing is not None,
-            "TOKENS": per_program, "BC": width,
+            "GROUP": group, "PARTS": self.parts, "LIFT": self.lift, "GATED": self.gamma is not None, "MIXED": self.mixing is not
+            None, "TOKENS": per_program, "BC": width,
         }  # fmt: skip
         return strides, options, (triton.cdiv(tokens, per_program), batch * rows)
 
@@ -183,5 +184,3 @@ class Rows:
             None if self.gamma is None else dgamma.sum((0, 2)),
             None if self.mixing is None else dmixing.sum((0, 2, 3)),
         )
-
-

@@ -1,12 +1,13 @@
 """Mamba-2's state space model on a GPU: what `statex.kernels.ssd` computes, forward and backward, segment by segment.
 
-B and C, the keys and queries, are shared by the heads of a group, whose values lie side by side: one product serves them all, and what
-differs between heads (decays, steps) goes on values, outputs and scores. Sums of decays inside a chunk are made in float64 and split
-into two float32 numbers, so that their differences are exact to rounding however strong the decay. Scratch as in `gla`.
+B and C, the keys and queries, are shared by the heads of a group, whose values lie side by side: one product serves them all, and
+what differs between heads (decays, steps) goes on values, outputs and scores. Sums of decays inside a chunk are made in float64
+and split into two float32 numbers, so that their differences are exact to rounding however strong the decay. Scratch as in `gla`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -112,9 +113,10 @@ def pair_gradients(
 ):  # fmt: skip
     """Gradients of what pairs of tokens j <= i of one chunk exchange, in all heads of a group.
 
-    Let m_ij = (dy_i · x_j) exp2(b_i - b_j) C_i·B_j in a head. DSCORES_ij gets Σ over heads of m_ij dt_j / (C_i·B_j). Per head, blocks
-    s > u: ROWS_i = Σ_j m_ij dt_j in a slot for u and COLUMNS_j = Σ_i m_ij in a slot for s, slots `size` elements apart. One block:
-    OWN_j = Σ_{i >= j} m_ij, INSIDE_t = Σ_{i >= t > j} m_ij dt_j, which is the gradient of t's log-decay, and SKIP_i = dy_i · x_i.
+    Let m_ij = (dy_i · x_j) exp2(b_i - b_j) C_i·B_j in a head. DSCORES_ij gets Σ over heads of m_ij dt_j / (C_i·B_j). Per head,
+    blocks s > u: ROWS_i = Σ_j m_ij dt_j in a slot for u and COLUMNS_j = Σ_i m_ij in a slot for s, slots `size` elements apart.
+    One block: OWN_j = Σ_{i >= j} m_ij, INSIDE_t = Σ_{i >= t > j} m_ij dt_j, which is the gradient of t's log-decay, and SKIP_i =
+    dy_i · x_i.
 
     Grid: ((CHUNK / BLOCK)², chunks, B * groups).
     """
@@ -193,7 +195,10 @@ class _Shape:
 class _Segment:
     """Scratch of one run of chunks: what both passes make from its inputs."""
 
-    def __init__(self, shape: _Shape, x: Tensor, dt: Tensor, g: Tensor, B: Tensor, C: Tensor, D: Tensor | None, gamma: Tensor | None) -> None:
+    def __init__(
+        self, shape: _Shape, rows: Iterable[Tensor], D: Tensor | None, gamma: Tensor | None, scores: Tensor | None = None
+    ) -> None:
+        x, dt, g, B, C = rows
         self.shape, self.x, self.B, self.C, self.dt = shape, x, B, C, dt.contiguous()
         self.D = None if D is None else D.detach().float().contiguous()
         self.tokens = x.shape[1]
@@ -213,7 +218,7 @@ class _Segment:
         self.writing = self.to_end * self.dt.view_as(self.to_end)
         self.chunk_decay = total.squeeze(2).float().unflatten(2, (s.groups, -1)).movedim(2, 1).contiguous()
         self.step_strides = (self.tokens * s.groups * s.heads, s.heads, s.groups * s.heads)
-        self.scores = self._scores()
+        self.scores = self._scores() if scores is None else scores
 
     def scratch(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised `[B, groups, *sizes]`."""
@@ -247,7 +252,8 @@ class _Segment:
     def carry(
         self, rows: Tensor, values: Tensor, weights: Tensor, start: Tensor, states: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """States in front of every chunk and after the last; the last in float32; and energies. See `gla`; backward with `states`."""
+        """States in front of every chunk and after the last; the last in float32; and energies. See `gla`; backward with
+        `states`."""
         s, backward = self.shape, states is not None
         launch = LAUNCHES["carry by head"]
         bk, bv = state_tiles(launch, s.channels, s.values, s.batch * s.groups, s.head_dim)
@@ -270,7 +276,8 @@ class _Segment:
         self, rows: Tensor, states: Tensor, y: Tensor, scale: Tensor, *, transposed: bool, out: Tensor | None = None,
         partner: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Outputs (transposed: gradients of values) into `out`; and Σ over a head's channels of partner · (rows S_c), `[B, t, H]`."""
+        """Outputs (transposed: gradients of values) into `out`; and Σ over a head's channels of partner · (rows S_c), `[B, t,
+        H]`."""
         s = self.shape
         launch = LAUNCHES["read by head"]
         bm, bn = min(s.chunk, launch.rows), min(s.head_dim, launch.columns)
@@ -324,8 +331,8 @@ class _Segment:
     ) -> Tensor:
         """Gradients of log-decays `[B, t, H]`: a token's decay touches what tokens before it wrote and tokens from it on read.
 
-        Every sum runs over such pairs alone. As a difference of sums over all pairs it would leave their rounding errors where strong
-        decays make the rest tiny.
+        Every sum runs over such pairs alone. As a difference of sums over all pairs it would leave their rounding errors where
+        strong decays make the rest tiny.
 
         Args:
             read: what each token reads of states in front of the chunk.
@@ -357,39 +364,37 @@ def _before(x: Tensor) -> Tensor:
 
 class _SSD(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, dt, log_decay, B, C, D, gamma, state, shape):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def forward(ctx, x, dt, log_decay, B, C, D, gamma, state, shape):
         """Rows `[B, T, ...]` of whole chunks and padded values; the state `[B, groups, K, heads * P]`, float32."""
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        starts = []
+        kept: list[Tensor] = []
         for start, end in shape.segments(x.shape[1]):
-            starts.append(state)
-            segment = _Segment(shape, *(u[:, start:end] for u in (x, dt, log_decay, B, C)), D, gamma)
+            segment = _Segment(shape, (u[:, start:end] for u in (x, dt, log_decay, B, C)), D, gamma)
+            kept += [state, segment.scores]
             states, state, _ = segment.carry(segment.keys, segment.x, segment.writing, state)
             segment.read(segment.queries, states, segment.x, segment.reading, transposed=False, out=y[:, start:end])
-        ctx.save_for_backward(x, dt, log_decay, B, C, D, gamma, *starts)
+        ctx.save_for_backward(x, dt, log_decay, B, C, D, gamma, *kept)
         ctx.shape = shape
         return y, state
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dstate):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def backward(ctx, dy, dstate):
         """Segments from the last to the first, each made again from the state in front of it."""
-        x, dt, log_decay, B, C, D, gamma, *starts = ctx.saved_tensors
+        x, dt, log_decay, B, C, D, gamma, *kept = ctx.saved_tensors
         shape: _Shape = ctx.shape
         dy, dstate = _rows_side_by_side(dy), dstate.contiguous()
         dx, ddt, dg, dB, dC = (torch.empty_like(u, memory_format=torch.contiguous_format) for u in (x, dt, log_decay, B, C))
         dD = None if D is None else torch.zeros_like(D, dtype=torch.float32)
         dgamma = None if gamma is None else torch.zeros_like(gamma, dtype=torch.float32)
-        for (start, end), state in reversed(list(zip(shape.segments(x.shape[1]), starts, strict=True))):
+        for (start, end), state, scores in reversed(list(zip(shape.segments(x.shape[1]), kept[::2], kept[1::2], strict=True))):
             here = slice(start, end)
-            segment = _Segment(shape, *(u[:, here] for u in (x, dt, log_decay, B, C)), D, gamma)
+            segment = _Segment(shape, (u[:, here] for u in (x, dt, log_decay, B, C)), D, gamma, scores)
             part, values = dy[:, here], segment.x
             states, _, _ = segment.carry(segment.keys, values, segment.writing, state)
             dstates, dstate, energy = segment.carry(segment.queries, part, segment.reading, dstate, states)
             read = segment.read(segment.queries, states, part, segment.reading, transposed=False, partner=part)
-            written = segment.read(
-                segment.keys, dstates, part, segment.to_end, transposed=True, out=dx[:, here], partner=values
-            )
+            written = segment.read(segment.keys, dstates, part, segment.to_end, transposed=True, out=dx[:, here], partner=values)
             dscores, rows, columns, own, inside, skip = segment.pair_gradients(part)
             step, g = segment.dt, log_decay[:, here]
             ddt[:, here] = columns + own + written
@@ -404,5 +409,5 @@ class _SSD(torch.autograd.Function):
                 more, _ = segment.query_rows.take_apart(segment.C, dqueries, dC[:, here])
                 segment.key_rows.take_apart(segment.B, dkeys, dB[:, here])
                 dgamma = None if dgamma is None or more is None else dgamma + more
-        dD, dgamma = (grad if u is None else grad.to(u.dtype) for grad, u in ((dD, D), (dgamma, gamma)))
+        dD, dgamma = (None if grad is None else grad.to(u.dtype) for grad, u in ((dD, D), (dgamma, gamma)))
         return dx, ddt, dg, dB, dC, dD, dgamma, dstate, None

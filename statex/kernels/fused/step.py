@@ -1,7 +1,7 @@
 """One token of generation on a GPU: the state is read and written once, in place, by one launch.
 
-A program owns all key channels of a slice of the values, so no sum is shared between programs. Lifted and mixed keys and queries are
-made on the way, from the few numbers that they depend on.
+A program owns all key channels of a slice of the values, so no sum is shared between programs. Lifted and mixed keys and queries
+are made on the way, from the few numbers that they depend on.
 """
 
 from __future__ import annotations
@@ -41,13 +41,14 @@ def lifted_channels(X, cs, r, K, root, inside):
 def step(
     Q, K_, V_, DECAY, WEIGHT, SKIP, GAMMA, MIXING, STATE, OUT,
     s_b, s_h, s_k, heads, K, V, parts_width, scale,
-    GROUP: tl.constexpr, SHARED: tl.constexpr, PARTS: tl.constexpr, LIFT: tl.constexpr, SCALAR: tl.constexpr, HAS_SKIP: tl.constexpr,
+    GROUP: tl.constexpr, SHARED: tl.constexpr, PARTS: tl.constexpr, LIFT: tl.constexpr, SCALAR: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
     GATED: tl.constexpr, MIXED: tl.constexpr, LOGARITHM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """S <- decay ∘ S + kᵀ (weight v); OUT = scale q S (+ SKIP v), for GROUP queries that read the state.
 
-    GLA: DECAY holds decays of key channels. SSD (SCALAR): of a head; WEIGHT is dt, and SHARED heads have one key and query. They are
-    logarithms with LOGARITHM, as they are without.
+    GLA: DECAY holds decays of key channels. SSD (SCALAR): of a head; WEIGHT is dt, and SHARED heads have one key and query. With
+    LOGARITHM they are logarithms.
 
     Grid: (V / BV rounded up, B * heads).
     """
@@ -89,10 +90,9 @@ def step(
                     state += k[:, None] * written[None, :]
                     tl.store(place, state.to(STATE.dtype.element_ty), mask=keep)
                 q = lifted_channels(Q + query, cs, r, K, q_root, inside)
-                if GATED:
-                    if r > 0:
-                        row = (h // SHARED) * GROUP + g
-                        q *= tl.load(GAMMA + (row * (LIFT - 1) + r - 1) * K + cs, mask=inside, other=0.0)
+                if GATED and r > 0:
+                    row = (h // SHARED) * GROUP + g
+                    q *= tl.load(GAMMA + (row * (LIFT - 1) + r - 1) * K + cs, mask=inside, other=0.0)
                 if MIXED:
                     gains = MIXING + (h * K + cs)[:, None] * PARTS + (vs // parts_width)[None, :]
                     acc += tl.sum(q[:, None] * tl.load(gains, mask=keep, other=0.0) * state, 0)
@@ -133,8 +133,8 @@ def ssd_step(
 
 
 def _launch(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, logarithm: bool, weight: Tensor | None, skip: Tensor | None, gamma: Tensor | None,
-    mixing: Tensor | None, state: Tensor, out: Tensor, states: int, group: int, shared: int, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, logarithm: bool, weight: Tensor | None, skip: Tensor | None,
+    gamma: Tensor | None, mixing: Tensor | None, state: Tensor, out: Tensor, states: int, group: int, shared: int, scale: float,
 ) -> None:  # fmt: skip
     q, k, v, decay = (x.contiguous() for x in (q, k, v, decay))
     gamma = None if gamma is None else gamma.float().contiguous()
@@ -146,7 +146,7 @@ def _launch(
     step[(triton.cdiv(value_dim, bv), states)](
         q, k, v, decay, *(q if x is None else x for x in (weight, skip, gamma, mixing)), state, out,
         *state.stride()[:3], state.shape[1], key_dim, value_dim, value_dim // parts, scale,
-        GROUP=group, SHARED=shared, PARTS=parts, LIFT=lift_factor(gamma, key_dim), SCALAR=weight is not None, HAS_SKIP=skip is not None,
-        GATED=gamma is not None, MIXED=mixing is not None, LOGARITHM=logarithm, BC=triton.next_power_of_2(key_dim), BK=min(128, triton.next_power_of_2(key_dim)),
-        BV=bv, num_warps=4,
+        GROUP=group, SHARED=shared, PARTS=parts, LIFT=lift_factor(gamma, key_dim), SCALAR=weight is not None,
+        HAS_SKIP=skip is not None, GATED=gamma is not None, MIXED=mixing is not None, LOGARITHM=logarithm,
+        BC=triton.next_power_of_2(key_dim), BK=min(128, triton.next_power_of_2(key_dim)), BV=bv, num_warps=4,
     )  # fmt: skip
