@@ -1,0 +1,254 @@
+"""Time a training step of whole models at the shapes of GLA-1.3B and Mamba2-1.3B with random weights, on one GPU.
+
+    python benchmarks/train_step.py --out benchmarks/results/train_step-h100.csv
+
+Plans: `base` as released; `paper` the plan of StateX for the family; `all` every layer expanded ×4. `fla`: the `base` and `all`
+shapes in flash-linear-attention's own model (GLA only, and only where it can be imported). A step is forward, loss, backward
+and AdamW on one row of T tokens, float32 weights under bfloat16 autocast, with gradient checkpointing. Generation: tokens a
+second of greedy decoding from a short prompt, bfloat16 weights (decay parameters float32). Rows that the table holds already
+are skipped; each (model, plan, T) runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+COLUMNS = (
+    "model", "impl", "plan", "pass", "B", "T", "tokens_per_s", "ms_median", "ms_p10", "ms_p90", "peak_mem_mib", "parameters",
+    "device", "torch", "triton", "impl_version", "date",
+)  # fmt: skip
+IDENTITY = ("model", "impl", "plan", "pass", "B", "T", "device", "torch", "triton", "impl_version")
+GLA: dict[str, Any] = {"hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 4, "expand_k": 0.5, "expand_v": 1.0}
+MAMBA2: dict[str, Any] = {"hidden_size": 2048, "num_hidden_layers": 48, "num_heads": 64, "head_dim": 64, "expand": 2, "n_groups": 1}
+CONFIGS = {
+    "gla": GLA | {"vocab_size": 32000, "intermediate_size": 5632},
+    "mamba2": MAMBA2 | {"state_size": 128, "vocab_size": 50288, "tie_word_embeddings": True},
+}
+EXPANSION = 4
+PAPER_LAYERS = {"gla": 6, "mamba2": 1}
+"""StateX expands every so many layers."""
+LENGTHS = (65_536, 32_768, 16_384, 8_192)
+DECODE_BATCHES = (1, 64)
+NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process measures; `tokens` 0: generation."""
+
+    family: str
+    impl: str
+    plan: str
+    tokens: int
+
+
+def jobs(families: list[str], lengths: list[int]) -> Iterator[Job]:
+    """The longest rows first, fla beside the plans that it can hold."""
+    for tokens in (*sorted(lengths, reverse=True), 0):
+        for family in families:
+            for plan in ("base", "paper", "all"):
+                yield Job(family, "statex", plan, tokens)
+                if family == "gla" and plan != "paper" and tokens:
+                    yield Job(family, "fla", plan, tokens)
+
+
+def description(family: str, plan: str, shrink: int) -> Any:
+    """The model of a plan. Surgery's results are written down directly: for timing, only shapes matter."""
+    from statex.families import get_family
+
+    config = dict(CONFIGS[family])
+    config["num_hidden_layers"] = max(2, config["num_hidden_layers"] // shrink)
+    model = get_family(family).describe(config, {})
+    every = {"base": 0, "paper": PAPER_LAYERS[family], "all": 1}[plan]
+    return replace(model, layers=tuple(expanded(family, x) if every and i % every == 0 else x for i, x in enumerate(model.layers)))
+
+
+def expanded(family: str, layer: Any) -> Any:
+    """GLA: all heads merged into one with a mixing matrix per channel. Mamba-2: four times the d_state."""
+    if family == "mamba2":
+        return layer.replace(key_dim=EXPANSION * layer.key_dim)
+    heads = layer.key_heads
+    return layer.replace(
+        query_heads=1, key_heads=1, value_heads=1, key_dim=layer.key_dim * heads, value_dim=layer.value_dim * heads, blocks=heads,
+        mixing="channel",
+    )  # fmt: skip
+
+
+def build(job: Job, shrink: int, device: str) -> tuple[Any, str]:
+    """A model with gradient checkpointing, for generation in bfloat16, and the version of what it is made with."""
+    import torch
+
+    if job.impl == "fla":
+        import fla
+        from fla.models import GLAConfig, GLAForCausalLM
+
+        config = dict(CONFIGS["gla"], fuse_cross_entropy=True)
+        config["num_hidden_layers"] = max(2, config["num_hidden_layers"] // shrink)
+        if job.plan == "all":
+            config["num_heads"] = 1
+        model = GLAForCausalLM(GLAConfig(**config)).to(device)
+        version = fla.__version__
+    else:
+        import statex
+        from statex.models import StatexForCausalLM
+
+        model = StatexForCausalLM.from_description(description(job.family, job.plan, shrink), seed=0, device=device)
+        version = statex.__version__
+        wide = re.compile("|".join(model._keep_in_fp32_modules_strict))
+        for name, parameter in model.named_parameters():
+            if not job.tokens and not wide.search(name):
+                parameter.data = parameter.data.to(torch.bfloat16)
+    model.gradient_checkpointing_enable()
+    return model.train(), version
+
+
+def measure(job: Job, shrink: int, device: str, repeats: int) -> Iterator[dict[str, Any]]:
+    """Rows of one job."""
+    import torch
+
+    model, version = build(job, shrink, device)
+    parameters = sum(p.numel() for p in model.parameters())
+
+    def row(what: str, batch: int, tokens: int, seconds: list[float], counted: int) -> dict[str, Any]:
+        low, median, high = (1e3 * statistics.quantiles(seconds, n=10, method="inclusive")[i] for i in (0, 4, 8))
+        return identity(job, what, batch, tokens, version) | {
+            "tokens_per_s": round(1e3 * counted / median),
+            "ms_median": round(median, 3),
+            "ms_p10": round(low, 3),
+            "ms_p90": round(high, 3),
+            "peak_mem_mib": round(torch.cuda.max_memory_allocated() / 2**20) if device == "cuda" else "",
+            "parameters": parameters,
+            "date": datetime.date.today().isoformat(),
+        }
+
+    if job.tokens:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device == "cuda")
+        ids = torch.randint(100, (1, job.tokens), device=device)
+        own = {"return_logits": False} if job.impl == "statex" else {}
+
+        def step() -> None:
+            with torch.autocast(device, torch.bfloat16):
+                loss = model(input_ids=ids, labels=ids, **own).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        yield row("train", 1, job.tokens, timed(step, repeats, device), job.tokens)
+        return
+    model.eval()
+    for batch in DECODE_BATCHES:
+        prompt = torch.randint(100, (batch, 16), device=device)
+        new = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+        seconds = timed(partial(model.generate, prompt, **new, do_sample=False), max(2, repeats // 3), device)
+        yield row("generate", batch, NEW_TOKENS, seconds, batch * NEW_TOKENS)
+
+
+def timed(call: Any, repeats: int, device: str) -> list[float]:
+    """Seconds of each call after two to warm up."""
+    import torch
+
+    seconds = []
+    for i in range(repeats + 2):
+        if i == 2 and device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if i >= 2:
+            seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def identity(job: Job, what: str, batch: int, tokens: int, version: str) -> dict[str, Any]:
+    """What a row measures."""
+    import torch
+
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "none"
+    return {
+        "model": f"{job.family}-1.3b", "impl": job.impl, "plan": job.plan, "pass": what, "B": batch, "T": tokens,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", "torch": torch.__version__,
+        "triton": triton_version, "impl_version": version,
+    }  # fmt: skip
+
+
+def known(out: Path) -> set[tuple[str, ...]]:
+    """Identities of the rows that are there, without the version, which only a built model tells."""
+    if not out.exists():
+        return set()
+    with out.open(newline="") as file:
+        return {tuple(line[name] for name in IDENTITY[:6]) for line in csv.DictReader(file)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="CSV that rows are appended to")
+    parser.add_argument("--family", default="gla,mamba2")
+    parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="tokens in a row; 0 stands for generation")
+    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--shrink", type=int, default=1, help="divide the number of layers, to try the driver out")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no measurement after this time")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        for line in measure(Job(**json.loads(args.work)), args.shrink, args.device, args.repeats):
+            print("ROW " + json.dumps(line), flush=True)
+        return
+    began = time.monotonic()
+    for job in jobs(args.family.split(","), [int(n) for n in args.lengths.split(",") if n != "0"]):
+        wanted = [("train", 1, job.tokens)] if job.tokens else [("generate", batch, NEW_TOKENS) for batch in DECODE_BATCHES]
+        have = known(args.out)
+        if all((f"{job.family}-1.3b", job.impl, job.plan, *map(str, one)) in have for one in wanted):
+            continue
+        if time.monotonic() - began > args.seconds:
+            print("out of time; start again to go on")
+            return
+        run(job, args)
+
+
+def run(job: Job, args: argparse.Namespace) -> None:
+    """One job in a process of its own; one that fails (out of memory, no fla) is reported and leaves no row."""
+    options = ["--out", str(args.out), "--repeats", str(args.repeats), "--shrink", str(args.shrink), "--device", args.device]
+    command = [sys.executable, __file__, *options, "--work", json.dumps(asdict(job))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    rows = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ROW ")]
+    new = not args.out.exists()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+    for line in rows:
+        print(
+            f"{line['model']} {line['impl']:7} {line['plan']:6} {line['pass']:9} B={line['B']} T={line['T']}:"
+            f" {line['tokens_per_s']:,} tokens/s, {line['ms_median']} ms, peak {line['peak_mem_mib'] or '-'} MiB",
+            flush=True,
+        )
+    if done.returncode:
+        print(f"failed: {job}\n{done.stderr[-1200:]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
