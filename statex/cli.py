@@ -85,7 +85,7 @@ def expand(
         out,
         operator=operator,
         factor=factor,
-        layers=statex.auto_layers(checkpoint) if layers == "auto" and plan is None else layers,
+        layers=statex.auto_layers(checkpoint, operator=operator, factor=factor) if layers == "auto" and plan is None else layers,
         init=init,
         seed=seed,
         options=key_values(option),

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from statex import cli
+from tests.fixtures import write_hgrn2, write_mamba1_ssm
 
 QUICKSTART = Path(cli.__file__).parent / "assets" / "gla-quickstart"
 TINY = ("--tasks", "mqar", "--num-pairs", "2", "--samples", "1")
@@ -40,6 +41,17 @@ def empty_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("{}")
 
 
+def contradict_heads(folder: Path) -> None:
+    write_hgrn2(folder)
+    edit_config(folder, num_heads=3)
+
+
+def cut_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    path = write_mamba1_ssm(folder) / "pytorch_model.bin"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
 def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -51,6 +63,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "config is no JSON": (lambda folder: (folder / "config.json").write_text("{no"), "not valid JSON"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights"),
     "truncated": (cut, "truncated"),
+    "truncated pickle": (cut_pickle, "truncated or broken weight file"),
     "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "the file has 0 bytes"),
     "LFS pointer": (lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs"), "git lfs pull"),
     "absent shards": (name_absent_shards, "model-00001-of-00002.safetensors"),
@@ -62,6 +75,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "other shapes": (lambda folder: edit_config(folder, vocab_size=99), "vocab_size means 99"),
     "more layers": (lambda folder: edit_config(folder, num_hidden_layers=10**30), "num_hidden_layers"),
     "odd heads": (lambda folder: edit_config(folder, num_heads=3), "multiple of num_heads (3)"),
+    "contradicting heads": (contradict_heads, "num_heads (3) contradicts expand_ratio (8)"),
     "infinite keys": (lambda folder: edit_config(folder, expand_k=float("inf")), "expand_k"),
     "other family": (lambda folder: edit_config(folder, model_type="llama"), "Supported are"),
     "other dialect": (lambda folder: edit_config(folder, model_type=None, ssm_cfg="x"), "Supported are"),
@@ -79,6 +93,12 @@ BAD_CALLS: dict[str, tuple[list[str], str]] = {
     "no list of layers": (["expand", "gla", "-o", "out", "--layers", "a"], "every:6"),
     "unknown operator": (["expand", "gla", "-o", "out", "--operator", "mergeheads"], "did you mean 'merge_heads'"),
     "operator of another family": (["expand", "mamba2", "-o", "out", "--operator", "merge_heads"], "widen_state"),
+    "vector operator on matrices": (["expand", "gla", "-o", "out", "--operator", "outer_product"], "merge_heads"),
+    "auto of no operator": (
+        ["expand", str(QUICKSTART), "-o", "out", "--layers", "auto", "--operator", "lift_kyes"], "did you mean 'lift_keys'"
+    ),
+    "spectrum twice in a plan": (["expand", "gla", "-o", "out", "--plan", "twice.yaml"], "named twice for extend_spectrum"),
+    "spectrum extended already": (["expand", "flipping", "-o", "out", "--operator", "extend_spectrum"], "extended already"),
     "factor of a spectrum": (["expand", "gla", "-o", "out", "--operator", "extend_spectrum", "--factor", "2"], "size alone"),
     "unknown init": (["expand", "gla", "-o", "out", "--init", "zero"], "preserve"),
     "negative seed": (["expand", "gla", "-o", "out", "--seed=-1"], "seed"),

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 import statex
 from statex import cli, errors
@@ -62,13 +63,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_gla("gla")
     write_mamba2("mamba2")
     statex.expand("gla", "expanded", progress=False)
+    statex.expand("gla", "flipping", operator="extend_spectrum", progress=False)
     texts = {
         "good.txt": b"The cat sat on the mat. " * 40, "empty.txt": b"", "latin.txt": b"\xff\xfe caf\xe9", "table.csv": b"a,b",
         "empty.jsonl": b"", "numbers.jsonl": b'{"text": 3}\n', "other.jsonl": b'{"body": "x"}\n',
         "broken.jsonl": b'{"text": "x"}\n{oops\n',
         "broken.parquet": b"PAR1 no", "broken.txt.gz": b"no", "cut.txt.gz": gzip.compress(os.urandom(400))[:100],
         "list.yaml": b"[1]", "broken.yaml": b": : :", "key.yaml": b"operations: [{operatr: merge_heads}]",
-        "recipe.yaml": b"extends: recovery\noptimizer: {learnin_rate: 1}", "loop.yaml": b"extends: loop.yaml", "old.json": b"{}",
+        "recipe.yaml": b"extends: recovery\noptimizer: {learnin_rate: 1}", "loop.yaml": b"extends: loop.yaml",
+        "twice.yaml": b"operations: [{operator: extend_spectrum}, {operator: extend_spectrum}]", "old.json": b"{}",
     }  # fmt: skip
     for name, data in texts.items():
         Path(name).write_bytes(data)
@@ -163,7 +166,7 @@ def test_verify_exits_with_1_when_the_function_changed(run: Run, place: Path) ->
 
 
 def test_auto_expands_the_layers_that_a_diagnosis_names(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statex, "auto_layers", lambda checkpoint: [1] if checkpoint == "gla" else [], raising=False)
+    monkeypatch.setattr(statex, "auto_layers", lambda checkpoint, **options: [1] if checkpoint == "gla" else [], raising=False)
     outcome = run("expand", "gla", "--operator", "lift_keys", "--factor", "2", "--layers", "auto", "--dry-run", "--json")
     assert [row["layer"] for row in json.loads(outcome.out)["layers"]] == [1]
 
@@ -189,6 +192,35 @@ def test_a_prompt_comes_from_standard_input_and_must_be_utf8(run: Run, monkeypat
     assert run("generate", QUICKSTART, "-p", "-", "--max-new-tokens", "2").out.startswith("Hé")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
     assert_refused(run("generate", QUICKSTART, "-p", "-"), "UTF-8")
+
+
+@pytest.mark.parametrize("more", [[], ["--num-beams", "2"], ["--temperature", "1"]])
+def test_ids_that_no_token_has_are_not_generated(more: list[str], run: Run, place: Path) -> None:
+    write_gla("wide", vocab_size=264)  # the tokenizer has 259 tokens
+    shutil.copy(QUICKSTART / "tokenizer_config.json", "wide")
+    row = 100 * torch.randn(32, generator=torch.Generator().manual_seed(0))
+    # One of two opposite rows is always far the likeliest.
+    change_tensors(place / "wide", lambda tensors: tensors["lm_head.weight"][261:263].copy_(torch.stack([row, -row])))
+    outcome = run("generate", "wide", "-p", "Hello", "--max-new-tokens", "4", *more)
+    assert outcome.code == 0, outcome
+    assert outcome.out.startswith("Hello")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "broken", "-p", "a"],
+        ["eval", "broken", *TINY],
+        ["diagnose", "broken", "--samples", "2"],
+        ["expand", "broken", "-o", "out", "--layers", "auto"],
+    ],
+)
+def test_a_model_of_nans_is_told_as_such(arguments: list[str], run: Run, place: Path) -> None:
+    shutil.copytree(QUICKSTART, "broken")
+    change_tensors(place / "broken", lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    before = everything(place)
+    assert_refused(run(*arguments), "NaN logits", "(broken)")
+    assert everything(place) == before
 
 
 def test_only_debug_shows_a_traceback(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,9 @@ def find_weights(folder: Path) -> Weights:
     if (folder / BIN_INDEX).is_file():
         shards, names = read_index(folder / BIN_INDEX)
         return BinWeights(shards, names)
-    raise CheckpointError("the folder holds no weights", where=str(folder), fix=f"Expected {SINGLE}, {INDEX}, {BIN} or {BIN_INDEX}")
+    raise CheckpointError(
+        "the folder holds no weights", where=str(folder), fix=f"Put {SINGLE}, {INDEX}, {BIN} or {BIN_INDEX} there"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -185,9 +187,9 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
             fix="Ask for the weights as safetensors, or convert the file where you trust it",
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"truncated or broken weight file: {first_line}", where=str(path), fix="Copy or download it again"
+            f"truncated or broken weight file: {reason}", where=str(path), fix="Copy or download it again"
         ) from error
     if not isinstance(data, dict) or not all(isinstance(value, torch.Tensor) for value in data.values()):
         what = "the file must hold a table of tensors and nothing else"

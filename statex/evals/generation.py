@@ -51,7 +51,9 @@ def generate(
 
 def _continue(subject: Subject, step: Step, rows: int, max_new_tokens: int, stops: Sequence[str]) -> list[str]:
     """Texts of `rows` continuations, token by token until all have stopped."""
-    end, special = getattr(subject.tokenizer, "eos_token_id", None), set(subject.tokenizer.all_special_ids)
+    end = getattr(subject.tokenizer, "eos_token_id", None)
+    # Rows that pad a vocabulary have no token, and say no more than special tokens do.
+    said = set(subject.tokenizer.get_vocab().values()).difference(subject.tokenizer.all_special_ids)
     written: list[list[int]] = [[] for _ in range(rows)]
     texts, unfinished = [""] * rows, set(range(rows))
     token: Tensor | None = None
@@ -64,7 +66,7 @@ def _continue(subject: Subject, step: Step, rows: int, max_new_tokens: int, stop
                 continue
             if new == end:
                 unfinished.discard(i)
-            elif new not in special:
+            elif new in said:
                 written[i].append(new)
                 text = subject.tokenizer.decode(written[i])
                 found = [place for stop in stops if (place := text.find(stop)) >= 0]

@@ -1,4 +1,4 @@
-"""What an evaluation found, as data: JSON in and out. Tables and figures are drawn from it by `report.py`."""
+"""What an evaluation found, as data: JSON in and out. Tables and figures are drawn from it by `report.py` and `reports`."""
 
 from __future__ import annotations
 

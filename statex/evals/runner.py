@@ -245,5 +245,5 @@ def _whole(values: Sequence[int] | None, default: tuple[int, ...], where: str, l
 
 def _seed(seed: int) -> int:
     if not 0 <= seed < 2**63:
-        raise EvaluationError(f"the seed is {seed}", where="seed", fix="Give a whole number from 0")
+        raise EvaluationError(f"the seed is {seed}", where="seed", fix="Give a whole number from 0 to 2^63 - 1")
     return seed

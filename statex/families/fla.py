@@ -28,7 +28,9 @@ def refuse_hybrids(facts: Facts, family: str) -> None:
     }
     for key, what in unsupported.items():
         if facts.get(key) is not None:
-            raise CheckpointError(f"{what} are not supported", where="config.json", fix=f"statex handles pure {family} stacks")
+            raise CheckpointError(
+                f"{what} are not supported", where="config.json", fix=f"Give a checkpoint of {family} layers alone"
+            )
 
 
 def require_one_of(facts: Facts, known: Mapping[str, tuple[str | None, ...]]) -> None:

@@ -74,11 +74,12 @@ def _heads(facts: Facts, hidden: int) -> int:
     width = int(facts.integer("expand_ratio"))
     heads = divide(hidden, width, f"hidden_size ({hidden}) must be a multiple of expand_ratio ({width})")
     if named is not None and named != heads:
-        default = "" if "expand_ratio" in facts.config else ", the default,"
+        default = "" if "expand_ratio" in facts.config else ", the default"
+        instead = f", or set expand_ratio to {hidden // named}" if hidden % named == 0 else ""
         raise CheckpointError(
-            f"num_heads ({named}) contradicts expand_ratio ({width}){default} which makes {heads} heads of {width} channels",
+            f"num_heads ({named}) contradicts expand_ratio ({width}){default}, which makes {heads} heads of {width} channels",
             where="config.json",
-            fix=f"fla ignores num_heads while expand_ratio is set: drop num_heads, or set expand_ratio to {hidden // named}",
+            fix=f"Drop num_heads, which fla ignores while expand_ratio is set{instead}",
         )
     return heads
 

@@ -1,4 +1,4 @@
-"""What both chunked forms share: cutting time into chunks and segments, carrying states from chunk to chunk, packed sequences.
+"""What the chunked forms share: cutting time into chunks and segments, carrying states from chunk to chunk, packed sequences.
 
 A *chunk* is worked on at once by matrix products; a *segment* is a run of chunks whose intermediates fit a memory budget. Segments
 follow one another and, when gradients are wanted, are computed again in the backward pass: between segments only states are kept.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -13,11 +14,14 @@ MODULES: dict[str, ModuleType] = {}
 INTERPRETED = False
 """Triton's interpreter is on: the kernels run on a CPU, slowly, for tests."""
 
+NEEDED = 0
+"""Bytes of shared memory per block."""
+
 try:
-    from .fused import blocks, gla, ssd, step
+    from .fused import blocks, gla, layout, ssd, step
 
     MODULES |= {"gla": gla, "ssd": ssd, "step": step}
-    INTERPRETED = blocks.INTERPRETED
+    INTERPRETED, NEEDED = blocks.INTERPRETED, layout.SHARED_MEMORY
 except ImportError:
     pass
 
@@ -30,7 +34,15 @@ def why_not(x: Tensor) -> str | None:
         return f"needs a CUDA device, and the tensors are on {x.device.type}"
     if x.dtype == torch.float64:
         return "has no float64"
+    if x.is_cuda and _shared_memory(x.device) < NEEDED:
+        return f"needs a GPU with {NEEDED >> 10} KiB of shared memory per block (A100, H100 and later), and {x.device} has less"
     return None
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))  # ROCm has no such field
 
 
 def step_kernel(state: Tensor) -> ModuleType | None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 
 from ..errors import StatexError
 from .loading import load
-from .named import load_tokenizer, parse_dtype, pick_device
+from .named import load_tokenizer, parse_dtype, pick_device, tokenless_ids
 
 
 def stream_text(
@@ -56,18 +56,37 @@ def stream_text(
             attention_mask=torch.ones_like(inputs.input_ids, device=place),
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
+            suppress_tokens=tokenless_ids(encoder, vocabulary) or None,
+            logits_processor=LogitsProcessorList([_RefuseNaN(str(checkpoint))]),
             streamer=TextStreamer(encoder, skip_special_tokens=True) if num_beams == 1 else None,
             **sampling,
         )
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
-        fix = "Try --dtype float32 and a higher --temperature, or check the weights"
-        raise StatexError("the model gives NaN logits", where=str(checkpoint), fix=fix) from error
+        raise _no_number(str(checkpoint)) from error
     text = str(encoder.decode(ids[0], skip_special_tokens=True))
     if num_beams > 1:
         print(text)
     return text
+
+
+class _RefuseNaN(LogitsProcessor):  # type: ignore[misc]
+    """Ends a generation where greedy search would go on with token 0 for ever."""
+
+    def __init__(self, checkpoint: str) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """`scores` `[B, vocabulary]` as they are. Raises `StatexError` where the largest is no number."""
+        if not bool(scores.amax(-1).isfinite().all()):
+            raise _no_number(self.checkpoint)
+        return scores
+
+
+def _no_number(checkpoint: str) -> StatexError:
+    fix = "Try --dtype float32 and a higher --temperature, or check the weights"
+    return StatexError("the model gives NaN logits", where=checkpoint, fix=fix)
 
 
 def _check(prompt: str, *, max_new_tokens: int, temperature: float, top_p: float, num_beams: int, seed: int) -> None:

@@ -61,6 +61,11 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return found
 
 
+def tokenless_ids(tokenizer: Any, vocabulary: int) -> list[int]:
+    """Ids below `vocabulary` that no token has: rows that pad a model's embedding. Byte tokenizers cannot even decode them."""
+    return sorted(set(range(vocabulary)).difference(tokenizer.get_vocab().values()))
+
+
 def first_line(error: Exception) -> str:
     """What an exception says, in one line."""
     return next(iter(str(error).splitlines()), type(error).__name__)

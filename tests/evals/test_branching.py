@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,17 @@ def test_generation_of_unequal_prompts_is_transformers_greedy_generation(family:
         whole = model.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=1, pad_token_id=0)[0, ids.shape[1] :]
         expected = BYTES.decode([token for token in whole.tolist() if token > 2])
         assert text == expected.partition("\n")[0]
+
+
+def test_ids_that_no_token_has_say_nothing() -> None:
+    ids = torch.tensor([len(BYTES), BYTES.encode("a", add_special_tokens=False)[0]])
+
+    def alternates(row: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(ids[torch.arange(len(row)) % 2], len(BYTES) + 1).float()
+
+    model = Rule(alternates)
+    model.config = SimpleNamespace(vocab_size=len(BYTES) + 1)  # type: ignore[assignment]
+    assert Subject(model, BYTES).generate([IDS[:4]], max_new_tokens=4) == ["aa"]
 
 
 def test_generation_ends_before_any_of_the_stops() -> None:

@@ -60,7 +60,7 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     "heads do not divide": ("delta_net", {"num_heads": 3}, "multiple of num_heads"),
     "unknown norm": ("delta_net", {"qk_norm": "rms"}, "Supported: l2, sum"),
     "unknown activation": ("delta_net", {"qk_activation": "gelu"}, "qk_activation 'gelu'"),
-    "attention layers": ("delta_net", {"attn": {"layers": [1]}}, "pure DeltaNet stacks"),
+    "attention layers": ("delta_net", {"attn": {"layers": [1]}}, "DeltaNet layers alone"),
     "flag that is none": ("delta_net", {"allow_neg_eigval": 2}, "allow_neg_eigval must be true or false"),
     "shared values": ("gated_deltanet", {"num_v_heads": 3}, r"num_v_heads \(3\) must be a multiple of num_heads \(6\)"),
     "half a channel": ("gated_deltanet", {"head_dim": 5, "expand_v": 0.5}, r"head_dim \* expand_v must be a positive whole number"),

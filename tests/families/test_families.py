@@ -318,10 +318,11 @@ def test_hgrn2_heads_are_as_wide_as_fla_makes_them(case: str) -> None:
     [
         ({"hidden_size": 512, "num_heads": 8}, r"num_heads \(8\) contradicts expand_ratio \(128\), the default, .*4 heads"),
         ({"hidden_size": 32, "expand_ratio": 8, "num_heads": 8}, r"num_heads \(8\) contradicts .*set expand_ratio to 4"),
+        ({"hidden_size": 32, "expand_ratio": 8, "num_heads": 3}, r"contradicts .*Drop num_heads, .* is set$"),
         ({"hidden_size": 32, "expand_ratio": 12}, "multiple of expand_ratio"),
         ({"hidden_size": 32, "expand_ratio": None}, "neither expand_ratio nor num_heads"),
         ({"hidden_size": 32, "expand_ratio": 8, "hidden_act": "gelu"}, "hidden_act"),
-        ({"hidden_size": 32, "expand_ratio": 8, "attn": {"layers": [1]}}, "pure HGRN2 stacks"),
+        ({"hidden_size": 32, "expand_ratio": 8, "attn": {"layers": [1]}}, "HGRN2 layers alone"),
     ],
 )
 def test_an_hgrn2_config_that_contradicts_itself_is_refused(config: dict[str, Any], complaint: str) -> None:

@@ -174,6 +174,12 @@ def test_auto_stays_with_pytorch_on_a_cpu_and_float64_is_refused_by_name() -> No
         scaled_gla(**inputs, backend="triton")
 
 
+def test_more_programs_than_a_grid_can_hold_are_refused_before_a_launch() -> None:
+    inputs = gla_inputs(1, batch=1, heads=70_000, key_dim=1, value_dim=1)
+    with pytest.raises(ValueError, match="70,000 programs, and CUDA allows 65,535: split the batch"):
+        scaled_gla(**on_device(inputs), backend="triton")
+
+
 def test_without_triton_the_reason_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend, "MODULES", {})
     with pytest.raises(ValueError, match=r"needs Triton \(pip install 'statex\[gpu\]'\)"):

@@ -49,7 +49,7 @@ class Probe:
 
     @torch.inference_mode()
     def right(self, subject: Subject) -> np.ndarray:
-        """Right answers of each row `[N]`, from whole rows without a cache: a cut mixer takes none."""
+        """Right answers of each row `[N]`, from whole rows without a cache: a cut mixer takes none. Raises `EvaluationError` on NaN."""
         length = self.ids.shape[1]
         tokens = CPU_BATCH_TOKENS if subject.device.type == "cpu" else BATCH_TOKENS
         at_once = subject.batch_size or max(1, tokens // length)
@@ -57,8 +57,9 @@ class Probe:
         for start in range(0, len(self.ids), at_once):
             rows = subject.tensor(self.ids[start : start + at_once])
             # The logits of the last position predict a token after the row; the others each predict their successor.
-            predicted = subject.forward(rows, self.keep + 1)[:, :-1].argmax(-1)
-            counts.append((predicted == rows[:, -self.keep :]).cpu().numpy()[:, self.answers].sum(1))
+            logits = subject.forward(rows, self.keep + 1)[:, :-1]
+            subject.check_finite(logits)
+            counts.append((logits.argmax(-1) == rows[:, -self.keep :]).cpu().numpy()[:, self.answers].sum(1))
         return np.concatenate(counts)
 
 

@@ -18,14 +18,15 @@ from ..lift import channel_mixing, lift_factor
 from . import blocks, gated
 from .layout import (
     BLOCK,
-    LAUNCHES,
     Operands,
     chunk_length,
     forget_at_borders,
+    launch_of,
     operands,
     pad_to,
     padded,
     padded_parts,
+    require_grid,
     segments,
     state_tiles,
     tile,
@@ -72,6 +73,7 @@ def gla(
         how=how,
         straight=mixing is None and lift_gamma is None and channels == key_dim,
     )
+    require_grid(batch * heads * shape.readers)
     whole = pad_to(tokens, shape.chunk)
     q, k, v, log_decay = (padded(unit_stride(x), 1, whole) for x in (q, k, v, forget_at_borders(log_decay, cu_seqlens)))
     v = padded_parts(v, parts, padded_width)
@@ -149,7 +151,7 @@ class _Segment:
         self.chunk_decay = self.scratch(self.chunks, s.channels, dtype=torch.float32)
         gated.decay_rows[(s.channels // BLOCK, self.chunks, s.batch * s.heads)](
             self.queries, self.keys, g, self.q_near, self.q_far, self.k_near, self.k_far, self.block_decay, self.chunk_decay,
-            *self.row_arguments, READERS=s.readers, CHUNK=s.chunk, BK=BLOCK, **LAUNCHES["rows"].options(BLOCK, BLOCK, s.how),
+            *self.row_arguments, READERS=s.readers, CHUNK=s.chunk, BK=BLOCK, **launch_of("rows", s.how).options(BLOCK, BLOCK),
         )  # fmt: skip
 
     def scratch(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -175,7 +177,7 @@ class _Segment:
         gated.scores[(self.pairs, self.chunks, s.batch * s.heads * s.readers)](
             self.queries, self.keys, self.g, self.q_near, self.k_near, self.block_decay, out, *self.row_arguments,
             READERS=s.readers, CHUNK=s.chunk, PRECISION=s.how.precision, BK=BLOCK,
-            **LAUNCHES["scores"].options(BLOCK, BLOCK, s.how),
+            **launch_of("scores", s.how).options(BLOCK, BLOCK),
         )  # fmt: skip
         return out
 
@@ -185,7 +187,7 @@ class _Segment:
         With `grad` (of the outputs) backward in time: gradients behind every chunk from that behind the last.
         """
         s, backward = self.shape, grad is not None
-        launch = LAUNCHES["carry"]
+        launch = launch_of("carry", s.how)
         bk, bv = state_tiles(launch, s.channels, s.values, s.batch * s.heads, s.part_width)
         carried, end = self.scratch(self.chunks + 1, s.channels, s.values), torch.empty_like(start)
         grid = (s.values // bv, s.channels // bk, s.batch * s.heads)
@@ -202,14 +204,14 @@ class _Segment:
             x, y, end, self.chunk_decay, start, carried, end, carried if states is None else states, energy,
             *x_strides, *y_strides, 0, 0, 0, s.heads, self.chunks, s.channels, s.values, s.part_width, 1,
             GROUP=group, CHUNK=s.chunk, BY_ROW=True, BACKWARD=backward, PRECISION=s.how.precision, BK=bk, BV=bv,
-            **launch.options(bk, bv, s.how),
+            **launch.options(bk, bv),
         )  # fmt: skip
         return carried, end, energy
 
     def read(self, x: Tensor, states: Tensor, scores: Tensor, y: Tensor, out: Tensor, *, transposed: bool) -> None:
         """Outputs into `out` `[B, t, Hq, V]`; transposed, gradients of values `[B, t, H, V]`."""
         s = self.shape
-        launch = LAUNCHES["read"]
+        launch = launch_of("read", s.how)
         bm, bn = min(s.chunk, launch.rows), tile(s.part_width, launch.columns, 128, 64)
         readers = x.stride(2)
         query = 1 if transposed else s.group  # value rows have one head where query rows have a group
@@ -221,20 +223,20 @@ class _Segment:
             out.stride(0), o_heads * out.stride(2), out.stride(2), out.stride(1), 0, 0, 0, 0, 0, 0,
             s.heads, self.tokens, self.chunks, s.channels, s.values, s.part_width, s.values,
             GROUP=s.group, PARTS=s.parts, CHUNK=s.chunk, TRANSPOSED=transposed, SCALAR=False, HAS_SKIP=False, SUMMED=False,
-            WRITTEN=True, PRECISION=s.how.precision, BM=bm, BN=bn, BK=BLOCK, **launch.options(bm, bn, s.how),
+            WRITTEN=True, PRECISION=s.how.precision, BM=bm, BN=bn, BK=BLOCK, **launch.options(bm, bn),
         )  # fmt: skip
 
     def project(self, x: Tensor, states: Tensor, group: int, parts: int) -> Tensor:
         """x S_cᵀ over each part of the values, float32 `[B, heads, group * parts, t, K]`; x is `[B, t, heads * group, V]`."""
         s = self.shape
         out = self.scratch(group * parts, self.tokens, s.channels, dtype=torch.float32)
-        launch = LAUNCHES["project"]
+        launch = launch_of("project", s.how)
         bm, bn = min(s.chunk, launch.rows), tile(s.channels, launch.columns, 128, 64)
         blocks.project[(s.channels // bn, self.tokens // bm, s.batch * s.heads * group * parts)](
             x, states, out, out, out, out, x.stride(0), group * x.stride(2), x.stride(2), x.stride(1), 0, 0, 0, 0, 0, 0,
             s.heads, self.tokens, self.chunks, s.channels, s.values, s.values // parts, 1,
             GROUP=group, PARTS=parts, CHUNK=s.chunk, WEIGHTED=False, TRIANGLE=False, TRANSPOSED=False,
-            PRECISION=s.how.precision, BM=bm, BN=bn, BK=BLOCK, **launch.options(bm, bn, s.how),
+            PRECISION=s.how.precision, BM=bm, BN=bn, BK=BLOCK, **launch.options(bm, bn),
         )  # fmt: skip
         return out
 
@@ -246,7 +248,7 @@ class _Segment:
             do, v, out, do.stride(0), s.group * do.stride(2), do.stride(2), do.stride(1), v.stride(0), v.stride(2), v.stride(1),
             s.heads, self.tokens, s.part_width,
             GROUP=s.group, PARTS=s.parts, CHUNK=s.chunk, PRECISION=s.how.precision, BK=BLOCK,
-            **LAUNCHES["pairs"].options(BLOCK, BLOCK, s.how),
+            **launch_of("pairs", s.how).options(BLOCK, BLOCK),
         )  # fmt: skip
         return out
 
@@ -259,7 +261,7 @@ class _Segment:
             self.queries, self.keys, self.g, self.q_near, self.q_far, self.k_near, self.block_decay, da, dq_far, dk_far, dq,
             dk, db, *strides, *self.row_arguments[10:],
             READERS=s.readers, CHUNK=s.chunk, PRECISION=s.how.precision, BK=BLOCK,
-            **LAUNCHES["row gradients"].options(BLOCK, BLOCK, s.how),
+            **launch_of("row gradients", s.how).options(BLOCK, BLOCK),
         )  # fmt: skip
         return db
 
@@ -269,7 +271,7 @@ class _Segment:
         gated.decay_gradients[(-(-s.key_dim // BLOCK), self.chunks, s.batch * s.heads)](
             db, dk_far, self.k_far, energy, dg, dg.stride(0), dg.stride(2), dg.stride(1),
             s.heads, self.tokens, s.channels, s.key_dim, energy.shape[0],
-            LIFT=s.lift, CHUNK=s.chunk, BK=BLOCK, **LAUNCHES["rows"].options(BLOCK, BLOCK, s.how),
+            LIFT=s.lift, CHUNK=s.chunk, BK=BLOCK, **launch_of("rows", s.how).options(BLOCK, BLOCK),
         )  # fmt: skip
 
 

@@ -43,25 +43,46 @@ class Launch:
     num_warps: int
     num_stages: int
 
-    def options(self, rows: int, columns: int, how: Operands) -> dict[str, int]:
-        """For the tile in use: fewer warps where it is smaller than wanted, two stages where operands are float32."""
+    def options(self, rows: int, columns: int) -> dict[str, int]:
+        """`num_warps` and `num_stages` for the tile in use: fewer warps where it is smaller than wanted."""
         warps = self.num_warps if rows * columns >= self.rows * self.columns else min(self.num_warps, 4)
-        return {"num_warps": warps, "num_stages": min(self.num_stages, 2) if how.dtype == torch.float32 else self.num_stages}
+        return {"num_warps": warps, "num_stages": self.num_stages}
 
 
 LAUNCHES = {
-    "carry": Launch(128, 128, 8, 4),
-    "carry by head": Launch(128, 64, 4, 3),
-    "read": Launch(128, 256, 8, 3),
-    "read by head": Launch(64, 64, 4, 3),
-    "project": Launch(128, 256, 8, 3),
+    "carry": Launch(128, 128, 8, 3),
+    "carry by head": Launch(256, 64, 8, 3),
+    "read": Launch(128, 128, 8, 3),
+    "read by head": Launch(128, 64, 8, 3),
+    "project": Launch(128, 128, 8, 3),
     "pairs": Launch(64, 64, 4, 3),
-    "pair gradients": Launch(64, 64, 4, 2),
-    "scores": Launch(64, 64, 4, 2),
+    "pair gradients": Launch(64, 64, 4, 1),
+    "scores": Launch(64, 64, 8, 2),
     "rows": Launch(64, 64, 4, 2),
-    "row gradients": Launch(64, 64, 4, 2),
+    "row gradients": Launch(64, 64, 8, 2),
 }
-"""One launch a kernel, chosen on an H100: nothing is tuned at run time, so that the first step comes soon."""
+"""One launch a kernel, for bfloat16: nothing is tuned at run time, so that the first step comes soon. Only what was checked against
+float64 on a GPU stands here: compilers have been wrong at single tile sizes."""
+
+SHARED_MEMORY = 160 << 10
+"""Bytes of shared memory that a program may need; the largest of LAUNCHES takes 131,584."""
+
+PROGRAMS = 65_535
+"""Programs along the last dimension of a CUDA grid."""
+
+
+def launch_of(name: str, how: Operands) -> Launch:
+    """The launch of a kernel; float32 operands take twice the shared memory, and get tiles half as long and wide."""
+    launch = LAUNCHES[name]
+    if how.dtype != torch.float32:
+        return launch
+    return Launch(max(BLOCK, launch.rows // 2), max(BLOCK, launch.columns // 2), 4, 2)
+
+
+def require_grid(programs: int) -> None:
+    """Raises `ValueError` where batch, heads and readers are more than one launch can hold."""
+    if programs > PROGRAMS:
+        raise ValueError(f"batch, heads and readers make {programs:,} programs, and CUDA allows {PROGRAMS:,}: split the batch")
 
 
 def operands(*tensors: Tensor) -> Operands:

@@ -23,13 +23,14 @@ from .blocks import BLOCK as BLOCK_TOKENS
 from .blocks import dot
 from .layout import (
     BLOCK,
-    LAUNCHES,
     Operands,
     chunk_length,
     forget_at_borders,
+    launch_of,
     operands,
     pad_to,
     padded,
+    require_grid,
     segments,
     state_tiles,
     tile,
@@ -79,6 +80,7 @@ def ssd(
         how=how,
         straight=lift_gamma is None and channels == d_state,
     )
+    require_grid(batch * groups)
     whole = pad_to(tokens, shape.chunk)
     dt = dt.float()
     if log_decay is None:
@@ -245,7 +247,7 @@ class _Segment:
         blocks.score_pairs[(self.pairs, self.chunks, s.batch * s.groups)](
             q, k, out, q.stride(0), q.stride(1), 0, q.stride(3), k.stride(0), k.stride(1), k.stride(3),
             s.groups, self.tokens, s.channels,
-            GROUP=1, PARTS=1, CHUNK=s.chunk, PRECISION=s.how.precision, BK=BLOCK, **LAUNCHES["pairs"].options(BLOCK, BLOCK, s.how),
+            GROUP=1, PARTS=1, CHUNK=s.chunk, PRECISION=s.how.precision, BK=BLOCK, **launch_of("pairs", s.how).options(BLOCK, BLOCK),
         )  # fmt: skip
         return out
 
@@ -255,7 +257,7 @@ class _Segment:
         """States in front of every chunk and after the last; the last in float32; and energies. See `gla`; backward with
         `states`."""
         s, backward = self.shape, states is not None
-        launch = LAUNCHES["carry by head"]
+        launch = launch_of("carry by head", s.how)
         bk, bv = state_tiles(launch, s.channels, s.values, s.batch * s.groups, s.head_dim)
         carried, end = self.scratch(self.chunks + 1, s.channels, s.values), torch.empty_like(start)
         grid = (s.values // bv, s.channels // bk, s.batch * s.groups)
@@ -268,7 +270,7 @@ class _Segment:
             rows, values, weights, self.chunk_decay, start, carried, end, carried if states is None else states, energy,
             *x_strides, y_b, y_h, 0, y_t, *self.step_strides, s.groups, self.chunks, s.channels, s.values, s.values, s.head_dim,
             GROUP=1, CHUNK=s.chunk, BY_ROW=False, BACKWARD=backward, PRECISION=s.how.precision, BK=bk, BV=bv,
-            **launch.options(bk, bv, s.how),
+            **launch.options(bk, bv),
         )  # fmt: skip
         return carried, end, energy
 
@@ -279,7 +281,7 @@ class _Segment:
         """Outputs (transposed: gradients of values) into `out`; and Σ over a head's channels of partner · (rows S_c), `[B, t,
         H]`."""
         s = self.shape
-        launch = LAUNCHES["read by head"]
+        launch = launch_of("read by head", s.how)
         bm, bn = min(s.chunk, launch.rows), min(s.head_dim, launch.columns)
         sums = y if partner is None else self.per_step(s.head_dim // bn)
         partner_strides = (0, 0, 0) if partner is None else self.column_strides(partner)
@@ -292,7 +294,7 @@ class _Segment:
             *self.step_strides, s.groups, self.tokens, self.chunks, s.channels, s.values, s.values, s.head_dim,
             GROUP=1, PARTS=1, CHUNK=s.chunk, TRANSPOSED=transposed, SCALAR=True, HAS_SKIP=self.D is not None,
             SUMMED=partner is not None, WRITTEN=out is not None, PRECISION=s.how.precision, BM=bm, BN=bn, BK=BLOCK,
-            **launch.options(bm, bn, s.how),
+            **launch.options(bm, bn),
         )  # fmt: skip
         return sums if partner is None else sums.sum(0)
 
@@ -300,14 +302,14 @@ class _Segment:
         """(x · weights) S_cᵀ + (dscores causal) rows, float32 `[B, groups, 1, t, K]`."""
         s = self.shape
         out = self.scratch(1, self.tokens, s.channels, dtype=torch.float32)
-        launch = LAUNCHES["project"]
+        launch = launch_of("project", s.how)
         bm, bn = min(s.chunk, launch.rows), tile(s.channels, launch.columns, 128, 64)
         x_b, x_h, x_t = self.column_strides(x)
         blocks.project[(s.channels // bn, self.tokens // bm, s.batch * s.groups)](
             x, states, dscores, rows, weights, out, x_b, x_h, 0, x_t, rows.stride(0), rows.stride(1), rows.stride(3),
             *self.step_strides, s.groups, self.tokens, self.chunks, s.channels, s.values, s.values, s.head_dim,
             GROUP=1, PARTS=1, CHUNK=s.chunk, WEIGHTED=True, TRIANGLE=True, TRANSPOSED=transposed,
-            PRECISION=s.how.precision, BM=bm, BN=bn, BK=min(s.head_dim, BLOCK), **launch.options(bm, bn, s.how),
+            PRECISION=s.how.precision, BM=bm, BN=bn, BK=min(s.head_dim, BLOCK), **launch.options(bm, bn),
         )  # fmt: skip
         return out
 
@@ -322,7 +324,7 @@ class _Segment:
             *self.column_strides(self.x), *self.column_strides(dy), *self.step_strides,
             s.groups, self.tokens, s.heads, s.head_dim, own.numel(),
             CHUNK=s.chunk, PRECISION=s.how.precision, BP=min(s.head_dim, 64),
-            **LAUNCHES["pair gradients"].options(BLOCK, BLOCK, s.how),
+            **launch_of("pair gradients", s.how).options(BLOCK, BLOCK),
         )  # fmt: skip
         return dscores, rows, columns.sum(0), own, inside, skip
 

@@ -30,7 +30,7 @@ def check(layer: LayerDescription, options: Options, context: Context) -> None:
     """Raise `PlanError` where the layer's spectrum cannot be extended as asked."""
     if options.factor not in (None, 1):
         raise context.error(
-            f"extend_spectrum leaves the state's size alone, and factor {options.factor} asks to change it", "drop it"
+            f"extend_spectrum leaves the state's size alone, and factor {options.factor} asks to change it", "leave the factor out"
         )
     if layer.spectrum is not None:
         reach = "to -1" if layer.spectrum == "fixed" else "as far below 0 as it learns to"
