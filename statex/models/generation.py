@@ -71,7 +71,7 @@ def stream_text(
     return text
 
 
-class _RefuseNaN(LogitsProcessor):  # type: ignore[misc]
+class _RefuseNaN(LogitsProcessor):
     """Ends a generation where greedy search would go on with token 0 for ever."""
 
     def __init__(self, checkpoint: str) -> None:

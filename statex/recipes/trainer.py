@@ -302,11 +302,11 @@ class Trainer:
     def _fail(self, trouble: str) -> NoReturn:
         kept = self.store.latest()
         start = f"The last good checkpoint is {kept}: start again from it or from the source" if kept else "Start again"
-        raise TrainingError(
-            f"{trouble} (step {self.progress.step + 1})",
-            where=str(self.store.out),
-            fix=f"{start}, with a lower optimizer.learning_rate or longer schedule.warmup_steps.",
-        )
+        fix = f"{start}, with a lower optimizer.learning_rate or longer schedule.warmup_steps"
+        if self.progress.step == 0:
+            # Nothing was learnt yet that a learning rate could have spoilt.
+            fix = "Check the weights of the source, or set training.precision to fp32"
+        raise TrainingError(f"{trouble} (step {self.progress.step + 1})", where=str(self.store.out), fix=fix)
 
     def _stopped(self) -> RunStopped:
         kept, fix = self.store.latest(), "No checkpoint was saved; start again with --force."

@@ -49,7 +49,7 @@ class Probe:
 
     @torch.inference_mode()
     def right(self, subject: Subject) -> np.ndarray:
-        """Right answers of each row `[N]`, from whole rows without a cache: a cut mixer takes none. Raises `EvaluationError` on NaN."""
+        """Right answers of each row `[N]`, from whole rows: a cut mixer takes no cache. Raises `EvaluationError` on NaN."""
         length = self.ids.shape[1]
         tokens = CPU_BATCH_TOKENS if subject.device.type == "cpu" else BATCH_TOKENS
         at_once = subject.batch_size or max(1, tokens // length)
