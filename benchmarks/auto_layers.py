@@ -1,6 +1,6 @@
 """Do layers that recall attribution names gain more than the others? The checkpoint of the quickstart, lifted in either.
 
-    python benchmarks/auto_layers.py runs/auto_layers     # two runs of the quickstart's recipe on a CPU; goes on where it stopped
+    python benchmarks/auto_layers.py     # two runs of the quickstart's recipe on a CPU; goes on where it stopped
 
 Prints the comparison and writes `benchmarks/results/auto_layers-cpu.csv`. Where attribution names half of the layers, both plans
 add the same state and the same new numbers.
@@ -8,8 +8,8 @@ add the same state and the same new numbers.
 
 from __future__ import annotations
 
+import argparse
 import csv
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -54,7 +54,9 @@ def write(results: list[EvalResult]) -> None:
 
 
 def main() -> None:
-    out = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, nargs="?", default=Path("runs/auto_layers"), help="folder of the two runs")
+    out = parser.parse_args().out
     diagnosis = diagnose(CHECKPOINT, heads=False, states=False, operator="lift_keys")
     named = diagnosis.gaining_layers
     others = [finding.layer for finding in diagnosis.layers if finding.layer not in named]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import statex
-from statex.checkpoints import inspect_checkpoint, open_checkpoint
+from statex.checkpoints import export_native, inspect_checkpoint, open_checkpoint
+from statex.errors import ExportError
 from statex.families import FAMILIES
 from statex.models import StatexForCausalLM
 from statex.surgery import ExpansionSummary
@@ -95,6 +96,19 @@ CASES: dict[str, Case] = {
     "mamba, all three": Case("mamba", (entry("widen_state", 2), entry("lift_keys", 3), entry("extend_spectrum")), 6),
 }
 
+STOCK: dict[tuple[str, str], set[str]] = {
+    ("hgrn", "outer_product"): {"inherit", "reinit"},
+    ("gla", "merge_heads"): {"inherit", "reinit"},
+    ("hgrn2", "merge_heads"): {"inherit", "reinit"},
+    ("delta_net", "merge_heads"): {"inherit", "reinit"},
+    ("gated_deltanet", "merge_heads"): {"inherit", "reinit"},
+    ("mamba2", "widen_state"): {"preserve", "inherit", "reinit"},
+    ("mamba", "widen_state"): {"preserve", "inherit", "reinit"},
+    ("delta_net", "extend_spectrum"): {"inherit", "reinit"},
+    ("gated_deltanet", "extend_spectrum"): {"inherit", "reinit"},
+}
+"""The inits after which a stock checkpoint of the family (of HGRN: an HGRN2) can hold what one operator made."""
+
 BY_INIT = [(name, init) for name, case in CASES.items() for init in case.inits]
 
 
@@ -171,6 +185,20 @@ def test_what_is_saved_and_loaded_again_computes_the_same(expanded: Expanded, tm
 
 def test_the_fp64_reference_and_the_default_kernels_agree(expanded: Expanded) -> None:
     assert float((logits(expanded.out) - logits(expanded.out, backend="reference")).abs().max()) < ROUNDING
+
+
+def test_native_export_computes_the_same_or_is_refused_as_the_table_says(expanded: Expanded, tmp_path: Path) -> None:
+    stock = tmp_path / "stock"
+    operators = [operation["operator"] for operation in expanded.case.plan]
+    if all(expanded.init in STOCK.get((expanded.case.family, operator), set()) for operator in operators):
+        export_native(expanded.out, stock)
+        with open_checkpoint(stock) as checkpoint:
+            assert not checkpoint.is_expanded
+        assert largest_difference(expanded.out, stock) < ROUNDING
+    else:
+        with pytest.raises(ExportError):
+            export_native(expanded.out, stock)
+        assert not stock.exists()
 
 
 def test_inspect_says_beforehand_that_the_operator_applies(expanded: Expanded) -> None:
