@@ -368,6 +368,7 @@ def main() -> None:
     if args.work:
         work(args.work)
         return
+    require_gpu(parser)
     began = time.monotonic()
     for job in jobs(args.impl.split(","), args.op.split(","), [int(n) for n in args.lengths.split(",") if n]):
         if is_known(job, known_rows(args.out)):
@@ -376,6 +377,17 @@ def main() -> None:
             print("out of time; start again to go on")
             return
         measure_in_process(job, args.out)
+
+
+def require_gpu(parser: argparse.ArgumentParser) -> None:
+    """Ends with a message where there is nothing to time."""
+    try:
+        import torch
+        import triton  # noqa: F401
+    except ImportError as error:
+        parser.error(f"{error}: the kernels need Triton (pip install 'statex[gpu]')")
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: kernels are timed on a GPU")
 
 
 def measure_in_process(job: Job, out: Path) -> None:

@@ -214,6 +214,7 @@ def main() -> None:
         for line in measure(Job(**json.loads(args.work)), args.shrink, args.device, args.repeats):
             print("ROW " + json.dumps(line), flush=True)
         return
+    require_device(parser, args.device)
     began = time.monotonic()
     for job in jobs(args.family.split(","), [int(n) for n in args.lengths.split(",") if n != "0"]):
         wanted = [("train", 1, job.tokens)] if job.tokens else [("generate", batch, NEW_TOKENS) for batch in DECODE_BATCHES]
@@ -224,6 +225,14 @@ def main() -> None:
             print("out of time; start again to go on")
             return
         run(job, args)
+
+
+def require_device(parser: argparse.ArgumentParser, device: str) -> None:
+    """Ends with a message where the device is missing."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device; --device cpu with a large --shrink tries the driver out")
 
 
 def run(job: Job, args: argparse.Namespace) -> None:

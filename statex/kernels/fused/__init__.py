@@ -1,5 +1,6 @@
 """The recurrences as Triton kernels, for CUDA devices: same calls, same results as the chunked PyTorch forms.
 
-`blocks` holds the matrix products that both recurrences share, `gated` what decays per key channel, `rows` lifted and mixed keys
-and queries, `gla` and `ssd` put them together, `step` is one token of generation. Importing this package needs Triton.
+`blocks` holds the matrix products that both recurrences share, `gated` what decays per key channel, `by_head` what decays per head,
+`rows` lifted and mixed keys and queries, `layout` the choice of chunks, segments, tiles and operand types; `gla` and `ssd` put them
+together, `step` is one token of generation. Importing this package needs Triton.
 """
