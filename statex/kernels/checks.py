@@ -18,6 +18,7 @@ def check_gla(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Raises `ValueError` on inputs that `gla` cannot mean."""
+    check_device(q=q, k=k, v=v, log_decay=log_decay, mixing=mixing, lift_gamma=lift_gamma, initial_state=initial_state)
     for name, tensor in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay)):
         _require(tensor.dim() == 4, f"{name} must be [B, T, H, D], got {_shape(tensor)}")
     batch, tokens, heads, key_dim = k.shape
@@ -50,6 +51,7 @@ def check_ssd(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Raises `ValueError` on inputs that `ssd` cannot mean."""
+    check_device(x=x, dt=dt, A=A, B=B, C=C, D=D, lift_gamma=lift_gamma, initial_state=initial_state)
     for name, tensor in (("x", x), ("B", B), ("C", C)):
         _require(tensor.dim() == 4, f"{name} must be [B, T, H, D], got {_shape(tensor)}")
     batch, tokens, heads, head_dim = x.shape
@@ -143,6 +145,36 @@ def check_selective_scan(
         _expect("initial_state", initial_state, (sequences, 1, factor * d_state, channels))
     _require(not (_readable(A) and bool((A > 0).any())), "A must be at most 0: states would grow for ever")
     _require(not (_readable(dt) and bool((dt < 0).any())), "dt must be at least 0: pass it after softplus")
+
+
+def check_gla_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> None:
+    """Raises `ValueError` on one token's rows that do not fit together; `state` is checked by its own shape."""
+    check_device(q=q, k=k, v=v, log_decay=log_decay, state=state)
+    batch, heads, key_dim = k.shape
+    _require(q.shape[1] % heads == 0, f"{q.shape[1]} query heads cannot share {heads} key heads: not a multiple")
+    _expect("q", q, (batch, q.shape[1], key_dim))
+    _expect("v", v, (batch, heads, v.shape[-1]))
+    _expect("log_decay", log_decay, (batch, heads, key_dim))
+
+
+def check_ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> None:
+    """Raises `ValueError` on one token's rows that do not fit together; `state` is checked by its own shape."""
+    check_device(x=x, dt=dt, A=A, B=B, C=C, state=state)
+    batch, heads, _ = x.shape
+    groups, d_state = B.shape[1:]
+    _expect("dt", dt, (batch, heads))
+    _expect("A", A, (heads,))
+    _expect("B", B, (batch, groups, d_state))
+    _expect("C", C, (batch, groups, d_state))
+    _require(heads % groups == 0, f"{heads} heads cannot share {groups} groups of B and C: not a multiple")
+
+
+def check_device(**tensors: Tensor | None) -> None:
+    """Raises `ValueError` unless all lie on one device: a kernel would read another device's addresses."""
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    (first, device), *others = devices.items()
+    for name, other in others:
+        _require(other == device, f"{name} is on {other} and {first} on {device}: move them to one device")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor | None, batch: int, tokens: int) -> int:

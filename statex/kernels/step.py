@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_gla_step, check_ssd_step
 from .lift import channel_mixing, lift_factor, lifted_key, lifted_query
 from .signed import extended
 from .triton_backend import step_kernel
@@ -35,6 +36,7 @@ def gla_step(
     Returns:
         `[B, Hq, V]` in the dtype of `q`.
     """
+    check_gla_step(q, k, v, log_decay, state)
     batch, heads, key_dim = k.shape
     factor = lift_factor(lift_gamma, key_dim)
     _check_state(state, (batch, heads, factor * key_dim, v.shape[-1]))
@@ -80,6 +82,7 @@ def ssd_step(
     Returns:
         `[B, H, P]` in the dtype of `x`.
     """
+    check_ssd_step(x, dt, A, B, C, state)
     batch, heads, head_dim = x.shape
     groups, d_state = B.shape[1:]
     factor = lift_factor(lift_gamma, d_state)

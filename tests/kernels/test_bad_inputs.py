@@ -23,6 +23,7 @@ GLA_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "gamma length": ({"lift_gamma": torch.zeros(2, 7)}, r"a multiple of 6\], got \[2, 7\]"),
     "state of the unlifted key": ({"lift_gamma": torch.zeros(2, 6)}, r"initial_state must be \[2, 2, 12, 10\]"),
     "packed batch": ({"cu_seqlens": torch.tensor([0, 8])}, "the batch is 2"),
+    "another device": ({"v": torch.zeros(2, 8, 2, 10, device="meta")}, "v is on meta and q on cpu: move them to one device"),
     "backend": ({"backend": "cuda"}, "unknown backend 'cuda'; choose one of auto, reference, chunked"),
 }
 SSD_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
