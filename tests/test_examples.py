@@ -47,6 +47,17 @@ def test_training_rows_ask_every_key_once_and_label_the_values_only(pretrain: di
         assert (np.delete(answers, np.s_[17::2]) == IGNORE).all()
 
 
+def test_joined_rows_fill_recall_rows_up_with_text_that_is_predicted_too(pretrain: dict[str, Any]) -> None:
+    preset = replace(pretrain["PRESETS"]["mamba2"], window=256, text_rows=8)
+    mixture = pretrain["Mixture"](preset, quickstart.HELD_OUT, torch.device("cpu"), seed=0)
+    ids, labels = mixture.joined(16)
+    assert ids.shape == labels.shape == (16, 256)
+    assert torch.equal(labels[:8], ids[:8])
+    assert torch.equal(labels[8:, 64:], ids[8:, 64:])
+    assert torch.equal(labels[8:, 33:64:2], ids[8:, 33:64:2])
+    assert bool((labels[8:, :33] == IGNORE).all())
+
+
 def test_a_needle_row_states_the_number_that_it_asks_for(pretrain: dict[str, Any]) -> None:
     books = pretrain["read_bytes"](quickstart.HELD_OUT)
     for row in pretrain["needle_rows"](books, 300, 20, seed=0):
