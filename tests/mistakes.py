@@ -149,7 +149,7 @@ BAD_CALLS: dict[str, tuple[list[str], str]] = {
     "unknown probe": (["diagnose", str(QUICKSTART), "--probe", "guess"], "mqar or copy"),
     "window of nothing": (["diagnose", str(QUICKSTART), "--window", "0"], "from 1"),
     "diagnosis without a tokenizer": (["diagnose", "gla"], "no tokenizer"),
-    "diagnosis with an operator of others": (["diagnose", str(QUICKSTART), "--operator", "widen_state"], "merge_heads"),
+    "diagnosis with an operator of others": (["diagnose", str(QUICKSTART), "--operator", "outer_product"], "merge_heads"),
     "auto without a tokenizer": (["expand", "gla", "-o", "out", "--layers", "auto"], "no tokenizer"),
     "report to nowhere": (["report", "home"], "-o FOLDER"),
     "report of no results": (["report", "home", "-o", "out"], "statex eval"),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..families import FAMILIES
 from ..families.description import LayerDescription
+from ..families.gla import NO_START_AT_ZERO
 from .reader import Checkpoint, open_checkpoint
 from .tensor_info import SIZES
 
@@ -197,7 +198,12 @@ def _widen_note(checkpoint: Checkpoint) -> tuple[bool, str]:
     sizes = sorted({layer.key_dim for layer in checkpoint.description.layers if layer.lift == 1})
     if not sizes:
         return False, "the keys are lifted: widen the unlifted checkpoint, then lift"
-    return True, f"any multiple of d_state {_or(sizes)}"
+    if checkpoint.family.name != "gla":
+        return True, f"any multiple of d_state {_or(sizes)}"
+    feature_map = checkpoint.description.mixer["feature_map"]
+    reason = NO_START_AT_ZERO.get(feature_map)
+    alone = "" if reason is None else f"; by inherit or reinit alone: {feature_map} {reason}"
+    return True, f"any multiple of a key's {_or(sizes)} channels{alone}"
 
 
 def _lift_note(checkpoint: Checkpoint) -> tuple[bool, str]:
@@ -235,7 +241,7 @@ _NOTES: dict[str, Callable[[Checkpoint], tuple[bool, str]]] = {
 _ACTS_ON = {
     "outer_product": "it makes matrices of vector states",
     "merge_heads": "it joins the keys of heads that have keys of their own",
-    "widen_state": "it adds rows to the B and C of a state space model",
+    "widen_state": "it makes keys longer that are neither normalised nor made of the decays",
     "lift_keys": "it appends products of channels to keys",
     "extend_spectrum": "it lets a matrix state's decays, or its steps, reach below 0",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, ExportError
 from ..families.description import ModelDescription
@@ -13,6 +13,9 @@ from .bin_writer import write_bin
 from .dialects import Dialect, dialect_of
 from .reader import Checkpoint, open_checkpoint
 from .writer import CheckpointWriter, OutputFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -88,7 +91,7 @@ def _write_safetensors(checkpoint: Checkpoint, names: Mapping[str, str], config:
     declared = {native: checkpoint.tensors[name] for native, name in names.items()}
     with CheckpointWriter(out, declared, metadata=_metadata(checkpoint), force=force, protect=[checkpoint.path]) as writer:
         for native, name in names.items():
-            writer.add(native, checkpoint.load(name))
+            writer.add(native, _load(checkpoint, name))
         writer.finish(config, checkpoint.carried_files)
 
 
@@ -100,11 +103,18 @@ def _write_bin(checkpoint: Checkpoint, names: Mapping[str, str], config: Mapping
     # Twice: a scratch copy lies beside the file until it is complete.
     with OutputFolder(out, force=force, need=2 * need, protect=[checkpoint.path]) as output:
         write_bin(
-            output, tensors, lambda native: checkpoint.load(names[native]), {head: embedding for head in heads if head in names}
+            output, tensors, lambda native: _load(checkpoint, names[native]), {head: embedding for head in heads if head in names}
         )
         output.copy(checkpoint.carried_files)
         output.write_config(config)
         output.publish()
+
+
+def _load(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A tensor as the stock checkpoint holds it."""
+    factors, within = checkpoint.family.native_factors(checkpoint.description), name.split(".", 3)[-1]
+    tensor = checkpoint.load(name)
+    return tensor * factors[within] if within in factors else tensor
 
 
 def _metadata(checkpoint: Checkpoint) -> dict[str, str]:

@@ -46,6 +46,8 @@ class Family:
         native_config: (description, source config in the family's own keys) -> config in the family's own keys for a stock
             checkpoint of that description; raises `ExportError` that says which layer or tensor kind no stock checkpoint can hold.
             An empty source gives a complete config.
+        native_factors: description -> by their names within the layer, the tensors that a stock checkpoint holds multiplied, and by
+            which power of two, so that no digit is lost; called after `native_config` has passed.
         layer_tensors: all tensors that a layer of the family can have.
         model_tensors: those that the layers share, named within the model; their shapes do not depend on the layer given.
         operators: names of the operators that the family can take.
@@ -63,6 +65,7 @@ class Family:
     default_factor: int | None
     adaptable: tuple[str, ...]
     model_tensors: tuple[TensorSpec, ...] = ()
+    native_factors: Callable[[ModelDescription], Mapping[str, float]] = lambda model: {}
 
     def tensors(self, model: ModelDescription) -> dict[str, tuple[Shape, Role]]:
         """Every canonical tensor name of a model with its shape and role (`lm_head.weight` is left out when tied)."""

@@ -47,6 +47,9 @@ GATE_LOW_RANK_DIM = 16
 
 FEATURE_MAPS = (None, "relu", "sigmoid", "silu", "swish")
 
+NO_START_AT_ZERO = {"relu": "has no slope at 0, so zeros never move", "sigmoid": "is 1/2 at 0, so zeros are not silent"}
+"""Feature maps behind which channels cannot start at zero, and why. The others are 0 at 0, with a slope: 1, or SiLU's 1/2."""
+
 XAVIER = Init("xavier_uniform", (("gain", 2**-2.5),))
 
 
@@ -113,7 +116,8 @@ def native_config(model: ModelDescription, source: Mapping[str, Any]) -> dict[st
     """Config of the stock `gla` checkpoint of this description; see `Family.native_config`."""
     new_tensors = (("mixing", "mixer.mixing", "merge_heads, preserve"), ("lift", "mixer.lift_gamma", "lift_keys"))
     layer = uniform_layer(model, new_tensors)
-    stock = {"scale": layer.key_dim**-0.5, "norm_groups": layer.query_heads, "value_heads": layer.key_heads, "blocks": 1}
+    scale = layer.key_dim**-0.5 * _query_factor(model, layer)
+    stock = {"scale": scale, "norm_groups": layer.query_heads, "value_heads": layer.key_heads, "blocks": 1}
     for field, value in stock.items():
         if not math.isclose(getattr(layer, field), value):
             raise ExportError(
@@ -148,6 +152,20 @@ def native_config(model: ModelDescription, source: Mapping[str, Any]) -> dict[st
     return changed_keys(source, DEFAULTS | {"intermediate_size": width}, wanted)
 
 
+def native_factors(model: ModelDescription) -> dict[str, float]:
+    """See `Family.native_factors`: q_proj takes what the scale of a stock layer lacks."""
+    factor = _query_factor(model, model.layers[0])
+    return {} if factor == 1 else {"mixer.q_proj.weight": factor}
+
+
+def _query_factor(model: ModelDescription, layer: LayerDescription) -> float:
+    """The power of two by which q_proj can make up for the stock scale; 1 where something bent follows it, or none can."""
+    ratio = layer.scale * layer.key_dim**0.5
+    power = 2.0 ** round(math.log2(ratio))
+    linear = not model.mixer["use_short_conv"] and model.mixer["feature_map"] is None
+    return power if linear and math.isclose(ratio, power) else 1.0
+
+
 def _query_channels(model: ModelDescription, layer: LayerDescription) -> int:
     return layer.query_heads * layer.key_dim
 
@@ -177,6 +195,7 @@ GLA = Family(
     name="gla",
     describe=describe,
     native_config=native_config,
+    native_factors=native_factors,
     layer_tensors=(
         TensorSpec("mixer_norm.weight", lambda m, l: (m.hidden_size,), "norm", Init("ones")),
         TensorSpec("mixer.q_proj.weight", lambda m, l: (_query_channels(m, l), m.hidden_size), "projection", XAVIER),
@@ -214,7 +233,7 @@ GLA = Family(
         ),
         *GATED_MLP,
     ),
-    operators=("merge_heads", "lift_keys", "extend_spectrum"),
+    operators=("merge_heads", "widen_state", "lift_keys", "extend_spectrum"),
     default_operator="merge_heads",
     default_layers="every:6",
     default_factor=None,

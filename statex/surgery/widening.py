@@ -1,4 +1,4 @@
-"""How each family gives B and C, keys and queries of a state space model, new rows."""
+"""How each family gives its keys and queries, B and C of a state space model, new rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..families.description import LayerDescription
-from . import mamba2_rows, mamba_rows
+from . import gla_rows, mamba2_rows, mamba_rows
 from .lazy import LazyTensor
 from .operator import Context, Options, Tensors
 
@@ -22,11 +22,14 @@ DT_BIAS, A_LOG, NORM = "mixer.dt_bias", "mixer.A_log", "mixer.norm.weight"
 class WidenStateOptions(Options):
     """Options of widen_state."""
 
-    factor: int | None = field(default=None, metadata={"help": "how many times larger d_state becomes; 4 when left out"})
+    factor: int | None = field(
+        default=None, metadata={"help": "how many times longer keys become (Mamba: d_state); 4 when left out"}
+    )
     zero: Literal["B", "C"] = field(
         default="C",
         metadata={
-            "help": "which of the two starts at zero in the new rows; the other is drawn, so that there is always a gradient",
+            "help": "which of the two starts at zero in the new rows, B, the keys, or C, the queries; the other is drawn, so that "
+            "there is always a gradient",
             "only": "preserve",
         },
     )
@@ -49,13 +52,15 @@ class WidenStateOptions(Options):
     )
 
 
-Widen = Callable[[LayerDescription, LayerDescription, Tensors, WidenStateOptions, Context], dict[str, LazyTensor]]
-"""(layer, the same with the wider state, its tensors, options, context) -> all tensors of the wider layer."""
+Widened = tuple[LayerDescription, dict[str, LazyTensor]]
+"""A wider layer and all its tensors."""
+Widen = Callable[[LayerDescription, LayerDescription, Tensors, WidenStateOptions, Context], Widened]
+"""(layer, the same with longer keys, its tensors, options, context) -> the layer and all its tensors."""
 
 
 def widen_mamba2(
     layer: LayerDescription, wide: LayerDescription, tensors: Tensors, options: WidenStateOptions, context: Context
-) -> dict[str, LazyTensor]:
+) -> Widened:
     """Every group of B and C gets its new rows at the end of that group, in `in_proj` and in the convolution."""
     grown = 2 * layer.key_heads * (wide.key_dim - layer.key_dim)
     result = dict(tensors)
@@ -69,7 +74,7 @@ def widen_mamba2(
         result[DT_BIAS] = ones.replaced(lambda: torch.ones(ones.shape, dtype=ones.dtype), ones.shape)
         for name in (A_LOG, NORM):
             result[name] = context.fresh(name, tensors[name], tensors[name].shape)
-    return result
+    return wide, result
 
 
 def _widen_rows(
@@ -79,12 +84,8 @@ def _widen_rows(
     if options.init == "reinit":
         return mamba2_rows.redraw(name, old, layer, wide, context)
     before, b, c, behind = mamba2_rows.split_rows(name, old, layer)
-    kind: Kind = "taps" if name == mamba2_rows.CONV else "weights" if name == mamba2_rows.PROJECTION else "biases"
-    grow = partial(_grow, name=name, kind=kind, layer=layer, wide=wide, options=options, context=context)
+    grow = partial(_grow, name=name, heads=layer.key_heads, layer=layer, wide=wide, options=options, context=context)
     return torch.cat([before, grow(b, "B"), grow(c, "C"), behind])
-
-
-Kind = Literal["weights", "biases", "taps"]
 
 
 def _grow(
@@ -92,21 +93,20 @@ def _grow(
     side: str,
     *,
     name: str,
-    kind: Kind,
+    heads: int,
     layer: LayerDescription,
     wide: LayerDescription,
     options: WidenStateOptions,
     context: Context,
 ) -> Tensor:
-    """The rows of B or of C, `[groups * d_state, ...]`, with those of each group's wider part behind them."""
-    groups, added = layer.key_heads, wide.key_dim - layer.key_dim
-    rows = rows.reshape(groups, layer.key_dim, *rows.shape[1:])
-    new = torch.cat([rows] * (added // layer.key_dim), dim=1)
-    if options.init == "preserve" and kind != "taps":
+    """Rows of keys (side `B`) or queries (`C`), `[heads * channels, ...]`, each head's new ones behind its old ones."""
+    rows = rows.unflatten(0, (heads, -1))
+    new = torch.cat([rows] * (wide.key_dim // layer.key_dim - 1), dim=1)
+    if options.init == "preserve" and not name.endswith("conv1d.weight"):  # taps are copied on both sides
         if side == options.zero:  # with its biases: silu(bias) is not zero
             new = torch.zeros_like(new)
-        elif kind == "weights":  # drawn, since equal rows get equal gradients and never part
-            std = rows.float().flatten(1).std(dim=1).view(groups, 1, 1)
+        elif name.endswith("weight"):  # drawn, since equal rows get equal gradients and never part
+            std = rows.float().flatten(1).std(dim=1).view(heads, 1, 1)
             source = context.generator(name, f"{side} {layer.key_dim}:{wide.key_dim}")
             new = (torch.randn(new.shape, generator=source) * std).to(new.dtype)
     return torch.cat([rows, new], dim=1).flatten(0, 1)
@@ -114,7 +114,7 @@ def _grow(
 
 def widen_mamba(
     layer: LayerDescription, wide: LayerDescription, tensors: Tensors, options: WidenStateOptions, context: Context
-) -> dict[str, LazyTensor]:
+) -> Widened:
     """B and C get new rows in `x_proj`, and A, which knows each of them, new columns."""
 
     def projection(old: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def widen_mamba(
             return mamba_rows.redraw(old, layer, wide, context)
         before, b, c = mamba_rows.split_rows(old, layer)
         name: str = mamba_rows.PROJECTION
-        grow = partial(_grow, name=name, kind="weights", layer=layer, wide=wide, options=options, context=context)
+        grow = partial(_grow, name=name, heads=layer.key_heads, layer=layer, wide=wide, options=options, context=context)
         return torch.cat([before, grow(b, "B"), grow(c, "C")])
 
     def decays(old: Tensor) -> Tensor:
@@ -133,7 +133,42 @@ def widen_mamba(
 
     rows, channels = tensors[mamba_rows.PROJECTION].shape
     shape = (rows + 2 * (wide.key_dim - layer.key_dim), channels)
-    return dict(tensors) | {
+    return wide, dict(tensors) | {
         mamba_rows.PROJECTION: tensors[mamba_rows.PROJECTION].then(projection, shape=shape),
         A_LOG: tensors[A_LOG].then(decays, shape=(channels, wide.key_dim)),
     }
+
+
+def widen_gla(
+    layer: LayerDescription, wide: LayerDescription, tensors: Tensors, options: WidenStateOptions, context: Context
+) -> Widened:
+    """Every head, a merged one in each of its blocks, gets longer keys and queries. A new channel decays as an old one does."""
+    factor = wide.key_dim // layer.key_dim
+    if options.init != "preserve":
+        wide = wide.replace(scale=(wide.key_dim / wide.blocks) ** -0.5)
+    result = dict(tensors)
+    for name in (*gla_rows.QUERIES, *gla_rows.KEYS, *gla_rows.DECAYS):
+        if name not in tensors:
+            continue
+        rows, *rest = tensors[name].shape
+        shape, heads = (rows * factor, *rest), gla_rows.source_heads(name, layer)
+        if name in gla_rows.DECAYS:
+            result[name] = tensors[name].then(partial(_repeat, heads=heads, factor=factor), shape=shape)
+        elif options.init == "reinit":
+            result[name] = context.fresh(name, tensors[name], shape)
+        else:
+            side = "C" if name in gla_rows.QUERIES else "B"
+            grow = partial(_grow, name=name, heads=heads, layer=layer, wide=wide, options=options, context=context)
+            result[name] = tensors[name].then(partial(grow, side=side), shape=shape)
+    if layer.mixing == "channel":
+        heads, channels, blocks = tensors[gla_rows.MIXING].shape
+        repeat = partial(_repeat, heads=layer.blocks, factor=factor)
+        result[gla_rows.MIXING] = tensors[gla_rows.MIXING].then(
+            lambda mixing: repeat(mixing.transpose(0, 1)).transpose(0, 1).contiguous(), shape=(heads, channels * factor, blocks)
+        )
+    return wide, result
+
+
+def _repeat(rows: Tensor, *, heads: int, factor: int) -> Tensor:
+    """Rows `[heads * channels, ...]`, those of each head `factor` times."""
+    return torch.cat([rows.unflatten(0, (heads, -1))] * factor, dim=1).flatten(0, 1)

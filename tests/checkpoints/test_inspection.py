@@ -60,7 +60,7 @@ EXPECTED: dict[str, dict[str, str | None]] = {
         "extend_spectrum": "hgrn lacks",
     },
     "hgrn2 (fla)": {
-        "outer_product": "hgrn2 lacks; for hgrn", "merge_heads": None, "widen_state": "for mamba or mamba2", "lift_keys": None,
+        "outer_product": "hgrn2 lacks; for hgrn", "merge_heads": None, "widen_state": "for gla, mamba or mamba2", "lift_keys": None,
         "extend_spectrum": None,
     },
     "mamba (transformers)": {

@@ -203,8 +203,8 @@ REFUSALS: dict[str, tuple[Callable[..., Path], Callable[[int, LayerDescription],
     ),
     "another scale": (
         write_gla,
-        lambda index, layer: layer.replace(scale=1.0),
-        ["scale = 1", "stock gla layer of 4 heads with keys of 4 channels has 0.5"],
+        lambda index, layer: layer.replace(scale=0.7),
+        ["scale = 0.7", "stock gla layer of 4 heads with keys of 4 channels has 0.5"],
     ),
     "another norm grouping": (
         write_mamba2,

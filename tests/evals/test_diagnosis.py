@@ -194,8 +194,8 @@ def test_options_out_of_range_are_refused_before_anything_is_measured(untrained:
     ):
         with pytest.raises(EvaluationError, match=message):
             diagnose(untrained, **FAST | options)  # type: ignore[arg-type]
-    with pytest.raises(PlanError, match="widen_state is not defined"):
-        diagnose(untrained, operator="widen_state", **FAST)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="outer_product is not defined"):
+        diagnose(untrained, operator="outer_product", **FAST)  # type: ignore[arg-type]
 
 
 def test_a_plan_that_asks_for_auto_is_told_how_to_measure(untrained: Path) -> None:

@@ -48,9 +48,16 @@ def entry(operator: str, factor: int | None = None, **options: Any) -> dict[str,
 
 CASES: dict[str, Case] = {
     "gla, merge": Case("gla", (entry("merge_heads", 2),), 2),
+    "gla, widen": Case("gla", (entry("widen_state", 4),), 4, {"num_kv_heads": 2}),
     "gla, lift": Case("gla", (entry("lift_keys", 2),), 2),
     "gla, extend": Case("gla", (entry("extend_spectrum"),), 1, {"num_kv_heads": 2}),
     "gla, all three": Case("gla", (entry("merge_heads", 2), entry("lift_keys", 3), entry("extend_spectrum")), 6),
+    "gla, all four, convolutions": Case(
+        "gla",
+        (entry("merge_heads", 2), entry("widen_state", 2), entry("lift_keys", 2), entry("extend_spectrum")),
+        8,
+        {"use_short_conv": True, "conv_bias": True},
+    ),
     "mamba2, widen": Case("mamba2", (entry("widen_state", 3),), 3, {"n_groups": 2}),
     "mamba2, lift": Case("mamba2", (entry("lift_keys", 4),), 4, {"n_groups": 2}),
     "mamba2, extend": Case("mamba2", (entry("extend_spectrum"),), 1, {"n_groups": 4}),
@@ -99,6 +106,7 @@ CASES: dict[str, Case] = {
 STOCK: dict[tuple[str, str], set[str]] = {
     ("hgrn", "outer_product"): {"inherit", "reinit"},
     ("gla", "merge_heads"): {"inherit", "reinit"},
+    ("gla", "widen_state"): {"preserve", "inherit", "reinit"},
     ("hgrn2", "merge_heads"): {"inherit", "reinit"},
     ("delta_net", "merge_heads"): {"inherit", "reinit"},
     ("gated_deltanet", "merge_heads"): {"inherit", "reinit"},

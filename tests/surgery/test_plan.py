@@ -104,7 +104,7 @@ def test_entries_give_layers_settings_of_their_own() -> None:
     ("plan", "words"),
     [
         ({"operations": [{"operator": "merge_head"}]}, "did you mean 'merge_heads'"),
-        ({"operations": [{"operator": "widen_state"}]}, "widen_state is not defined for the family gla"),
+        ({"operations": [{"operator": "outer_product"}]}, "outer_product is not defined for the family gla"),
         ({"operations": [{"operator": 3}]}, "no operator 3"),
         ({"operations": [{"operator": ["lift_keys"]}]}, "no operator"),
         ({"operations": [{"facotr": 2}]}, "unknown key 'facotr' .did you mean 'factor'"),

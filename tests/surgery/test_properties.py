@@ -19,7 +19,7 @@ spectra = st.sampled_from(
 
 @st.composite
 def gla_cases(draw: st.DrawFn) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """GLA shapes with kv heads that a factor divides, and a merge, a lift or both, with or without a longer spectrum."""
+    """GLA shapes with kv heads that a factor divides, and merges, widenings and lifts, with or without a longer spectrum."""
     factor, rest = draw(st.sampled_from([2, 3])), draw(st.sampled_from([1, 2]))
     kv_heads, queries, key_dim = factor * rest, draw(st.sampled_from([1, 2])), draw(st.sampled_from([3, 4]))
     heads = kv_heads * queries
@@ -36,8 +36,11 @@ def gla_cases(draw: st.DrawFn) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     }
     merge = {"operator": "merge_heads", "factor": factor, "layers": draw(st.sampled_from(["all", [1]]))}
     merge["mixing"] = draw(st.sampled_from(["scalar", "channel"]))
+    widen = {"operator": "widen_state", "factor": draw(st.integers(2, 3)), "zero": draw(st.sampled_from(["B", "C"]))}
+    widen["layers"] = draw(st.sampled_from(["all", [1]]))
     lift = {"operator": "lift_keys", "factor": 2, "layers": draw(st.sampled_from(["all", [0]]))}
-    return config, draw(st.sampled_from([[merge], [lift], [merge, lift]])) + draw(spectra)
+    plans = [[merge], [lift], [merge, lift], [widen], [widen, lift], [merge, widen, lift]]
+    return config, draw(st.sampled_from(plans)) + draw(spectra)
 
 
 @st.composite

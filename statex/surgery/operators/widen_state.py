@@ -1,6 +1,6 @@
-"""widen_state: Mamba's d_state becomes f times as large, by new rows for B and C (docs/surgery.md, "widen_state").
+"""widen_state: keys and queries, Mamba's B and C, become f times as long by new rows (docs/surgery.md, "widen_state").
 
-Reinit and inherit are StateX's (arXiv 2509.22630); preserve is this project's.
+Reinit and inherit of Mamba-2 are StateX's (arXiv 2509.22630); preserve is this project's.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import fields
 
 from ...families.description import LayerDescription
+from ...families.gla import NO_START_AT_ZERO
 from ..lazy import LazyTensor
 from ..operator import Context, Operator, Tensors, require_factor
-from ..widening import Widen, WidenStateOptions, widen_mamba, widen_mamba2
+from ..widening import Widen, WidenStateOptions, widen_gla, widen_mamba, widen_mamba2
 
-WIDENINGS: dict[str, Widen] = {"mamba2": widen_mamba2, "mamba": widen_mamba}
+WIDENINGS: dict[str, Widen] = {"mamba2": widen_mamba2, "mamba": widen_mamba, "gla": widen_gla}
 """How each family makes its state wider. A family that takes the operator adds a line here."""
 
 
@@ -30,20 +31,26 @@ def check(layer: LayerDescription, options: WidenStateOptions, context: Context)
             f"its keys are lifted ×{layer.lift}: a wider key has other products, and the function would change",
             "widen the unlifted checkpoint, then lift; one plan may hold both",
         )
+    feature_map = context.model.mixer.get("feature_map")
+    if options.init == "preserve" and feature_map in NO_START_AT_ZERO:
+        raise context.error(
+            f"its keys and queries go through a {feature_map}, which {NO_START_AT_ZERO[feature_map]}",
+            "use lift_keys, or init inherit or reinit",
+        )
 
 
 def apply(
     layer: LayerDescription, tensors: Tensors, options: WidenStateOptions, context: Context
 ) -> tuple[LayerDescription, dict[str, LazyTensor]]:
-    """Give B and C (factor - 1)·d_state new rows, as the family does it."""
+    """Make keys and queries `factor` times as long, as the family does it."""
     wide = layer.replace(key_dim=layer.key_dim * require_factor(options, context))
-    return wide, WIDENINGS[context.family.name](layer, wide, tensors, options, context)
+    return WIDENINGS[context.family.name](layer, wide, tensors, options, context)
 
 
 OPERATOR = Operator(
     name="widen_state",
-    summary="gives B and C new rows, so that d_state is f times as large",
-    stage=20,
+    summary="gives keys and queries (Mamba: B and C) new rows, so that the state is f times as large",
+    stage=25,
     options=WidenStateOptions,
     default_factor=lambda layer: 4,
     default_layers="all",
