@@ -21,6 +21,7 @@ import datetime
 import importlib.metadata
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -250,7 +251,12 @@ def measure_rows(job: Job, started: float) -> Iterator[dict[str, Any]]:
         torch.cuda.synchronize()
         extra = (torch.cuda.max_memory_allocated() - before) / 2**20
         times = timed(iter_calls(run), 20)
-        yield row(job, what, batch, job.tokens, times, extra, first if job.shape.expanded and job.tokens == TOKENS else None)
+        yield row(job, what, batch, job.tokens, times, extra, first if times_first_result(job) else None)
+
+
+def times_first_result(job: Job) -> bool:
+    """Whether the time from a process's start to its first result is part of the table."""
+    return job.shape.expanded and job.tokens == TOKENS
 
 
 def iter_calls(run: Callable[[int], None]) -> Callable[[], None]:
@@ -391,11 +397,18 @@ def require_gpu(parser: argparse.ArgumentParser) -> None:
 
 
 def measure_in_process(job: Job, out: Path) -> None:
-    """Run one job with an empty kernel cache and append its rows; a job that fails is reported and leaves no row."""
+    """Run one job and append its rows; a job that fails is reported and leaves no row.
+
+    Where the first result is timed, the kernel cache starts empty; what it holds at the end is left to the jobs that follow.
+    """
     command = [sys.executable, __file__, "--out", str(out), "--work", json.dumps(asdict(job))]
-    with tempfile.TemporaryDirectory() as cache:
+    kept = os.environ.get("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
+    with tempfile.TemporaryDirectory() as empty:
+        cache = empty if times_first_result(job) else kept
         environment = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if cache == empty:
+            shutil.copytree(empty, kept, dirs_exist_ok=True)
     rows = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ROW ")]
     new = not out.exists()
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ import argparse
 import csv
 import os
 import platform
+import re
 import resource
 import sys
 import time
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import ByT5Tokenizer
 
 import statex
@@ -31,8 +31,9 @@ from statex.evals.task import Context, Options
 from statex.evals.tasks import TASKS
 from statex.families import get_family
 from statex.models import StatexForCausalLM
-from statex.quickstart import CHECKPOINT, HELD_OUT
 
+ASSETS = Path(statex.__file__).parent / "assets"
+CHECKPOINT, HELD_OUT = ASSETS / "gla-quickstart", ASSETS / "books_test.jsonl.gz"
 DEPTHS = tuple(depth / 10 for depth in range(11))
 SHAPES: dict[str, dict[str, Any]] = {
     "gla-1.3b": {"model_type": "gla", "hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 4, "expand_k": 0.5}
@@ -60,7 +61,11 @@ def subject_of(arguments: argparse.Namespace) -> Counting:
         return Counting(loaded.model, loaded.tokenizer, identity=loaded.identity)
     config = SHAPES[arguments.shape]
     description = get_family(config["model_type"]).describe(config, {})
-    model: nn.Module = StatexForCausalLM.from_description(description, device=arguments.device).to(getattr(torch, arguments.dtype))
+    model = StatexForCausalLM.from_description(description, device=arguments.device)
+    wide = re.compile("|".join(model._keep_in_fp32_modules_strict))  # decays, which stay float32 in a loaded checkpoint too
+    for name, parameter in model.named_parameters():
+        if not wide.search(name):
+            parameter.data = parameter.data.to(getattr(torch, arguments.dtype))
     return Counting(model.eval(), ByT5Tokenizer(extra_ids=0), identity={"name": f"{arguments.shape} (random)"})
 
 

@@ -104,9 +104,12 @@ def build(job: Job, shrink: int, device: str) -> tuple[Any, str]:
         version = fla.__version__
     else:
         import statex
-        from statex.models import StatexForCausalLM
+        from statex.models import StatexConfig, StatexForCausalLM
 
-        model = StatexForCausalLM.from_description(description(job.family, job.plan, shrink), seed=0, device=device)
+        config = StatexConfig.from_description(description(job.family, job.plan, shrink))
+        model = StatexForCausalLM.empty(config, dtype=torch.float32, device=device)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)  # on the device: a family's own init draws on the CPU, which takes a minute
         version = statex.__version__
         wide = re.compile("|".join(model._keep_in_fp32_modules_strict))
         for name, parameter in model.named_parameters():
