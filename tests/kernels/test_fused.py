@@ -33,6 +33,7 @@ FORMS = {
     "gla scalar mixing": ("gla", {"mixing": "scalar"}),
     "ssd groups, lift": ("ssd", {"lift": 3}),
     "ssd one group": ("ssd", {"groups": 1}),
+    "ssd odd heads": ("ssd", {"groups": 1, "heads": 3}),
     "ssd wide heads": ("ssd", {"groups": 1, "heads": 1, "head_dim": 70}),
 }
 

@@ -204,7 +204,7 @@ class _Segment:
             x, y, end, self.chunk_decay, start, carried, end, carried if states is None else states, energy,
             *x_strides, *y_strides, 0, 0, 0, s.heads, self.chunks, s.channels, s.values, s.part_width, 1,
             GROUP=group, CHUNK=s.chunk, BY_ROW=True, BACKWARD=backward, PRECISION=s.how.precision, BK=bk, BV=bv,
-            **launch.options(bk, bv),
+            PAIRED=False, **launch.options(bk, bv),
         )  # fmt: skip
         return carried, end, energy
 
@@ -223,7 +223,7 @@ class _Segment:
             out.stride(0), o_heads * out.stride(2), out.stride(2), out.stride(1), 0, 0, 0, 0, 0, 0,
             s.heads, self.tokens, self.chunks, s.channels, s.values, s.part_width, s.values,
             GROUP=s.group, PARTS=s.parts, CHUNK=s.chunk, TRANSPOSED=transposed, SCALAR=False, HAS_SKIP=False, SUMMED=False,
-            WRITTEN=True, PRECISION=s.how.precision, BM=bm, BN=bn, BK=BLOCK, **launch.options(bm, bn),
+            WRITTEN=True, PRECISION=s.how.precision, BM=bm, BN=bn, BK=BLOCK, PAIRED=False, **launch.options(bm, bn),
         )  # fmt: skip
 
     def project(self, x: Tensor, states: Tensor, group: int, parts: int) -> Tensor:

@@ -19,6 +19,7 @@ from ..lift import lift_factor
 from . import blocks, by_head
 from .layout import (
     BLOCK,
+    Launch,
     Operands,
     chunk_length,
     forget_at_borders,
@@ -125,6 +126,12 @@ class _Shape:
         """Values of all heads of a group."""
         return self.heads * self.head_dim
 
+    def columns(self, launch: Launch) -> int:
+        """Values that a program takes at once: two heads, which share keys and queries, where they pair up and fit."""
+        if self.heads % 2 == 0 and 2 * self.head_dim <= launch.columns:
+            return 2 * self.head_dim
+        return tile(self.head_dim, launch.columns, 128, 64, 32)
+
     def segments(self, tokens: int) -> list[tuple[int, int]]:
         size = self.how.dtype.itemsize
         states = 2 * size * self.channels * self.values // self.chunk
@@ -197,7 +204,7 @@ class _Segment:
         `states`."""
         s, backward = self.shape, states is not None
         launch = launch_of("carry by head", s.how)
-        bk, bv = state_tiles(launch, s.channels, s.values, s.batch * s.groups, s.head_dim)
+        bk, bv = state_tiles(launch, s.channels, s.values, s.batch * s.groups, s.columns(launch))
         carried, end = self.scratch(self.chunks + 1, s.channels, s.values), torch.empty_like(start)
         grid = (s.values // bv, s.channels // bk, s.batch * s.groups)
         energy = end
@@ -209,7 +216,7 @@ class _Segment:
             rows, values, weights, self.chunk_decay, start, carried, end, carried if states is None else states, energy,
             *x_strides, y_b, y_h, 0, y_t, *self.step_strides, s.groups, self.chunks, s.channels, s.values, s.values, s.head_dim,
             GROUP=1, CHUNK=s.chunk, BY_ROW=False, BACKWARD=backward, PRECISION=s.how.precision, BK=bk, BV=bv,
-            **launch.options(bk, bv),
+            PAIRED=bv > s.head_dim, **launch.options(bk, bv),
         )  # fmt: skip
         return carried, end, energy
 
@@ -221,8 +228,8 @@ class _Segment:
         H]`."""
         s = self.shape
         launch = launch_of("read by head", s.how)
-        bm, bn = min(s.chunk, launch.rows), min(s.head_dim, launch.columns)
-        sums = y if partner is None else self.per_step(s.head_dim // bn)
+        bm, bn = min(s.chunk, launch.rows), s.columns(launch)
+        sums = y if partner is None else self.per_step(max(s.head_dim // bn, 1))
         partner_strides = (0, 0, 0) if partner is None else self.column_strides(partner)
         y_b, y_h, y_t = self.column_strides(y)
         o_b, o_h, o_t = (0, 0, 0) if out is None else self.column_strides(out)
@@ -233,7 +240,7 @@ class _Segment:
             *self.step_strides, s.groups, self.tokens, self.chunks, s.channels, s.values, s.values, s.head_dim,
             GROUP=1, PARTS=1, CHUNK=s.chunk, TRANSPOSED=transposed, SCALAR=True, HAS_SKIP=self.D is not None,
             SUMMED=partner is not None, WRITTEN=out is not None, PRECISION=s.how.precision, BM=bm, BN=bn, BK=BLOCK,
-            **launch.options(bm, bn),
+            PAIRED=bn > s.head_dim, **launch.options(bm, bn),
         )  # fmt: skip
         return sums if partner is None else sums.sum(0)
 
@@ -258,13 +265,15 @@ class _Segment:
         dscores, slots = torch.empty_like(self.scores), s.chunk // BLOCK
         rows, columns = self.per_step(slots), self.per_step(slots)
         own, inside, skip = self.per_step(), self.per_step(), self.per_step()
-        by_head.pair_gradients[(self.pairs, self.chunks, s.batch * s.groups)](
-            self.x, dy, self.scores, self.hi, self.lo, self.dt, dscores, rows, columns, own, inside, skip,
-            *self.column_strides(self.x), *self.column_strides(dy), *self.step_strides,
-            s.groups, self.tokens, s.heads, s.head_dim, own.numel(),
-            CHUNK=s.chunk, PRECISION=s.how.precision, BP=min(s.head_dim, 64),
-            **launch_of("pair gradients", s.how).options(BLOCK, BLOCK),
-        )  # fmt: skip
+        programs = {"block gradients": slots} | ({"pair gradients": self.pairs} if slots > 1 else {})
+        for name, count in programs.items():
+            by_head.pair_gradients[(count, self.chunks, s.batch * s.groups)](
+                self.x, dy, self.scores, self.hi, self.lo, self.dt, dscores, rows, columns, own, inside, skip,
+                *self.column_strides(self.x), *self.column_strides(dy), *self.step_strides,
+                s.groups, self.tokens, s.heads, own.numel(),
+                HEAD_DIM=s.head_dim, CHUNK=s.chunk, DIAGONAL=name == "block gradients", PRECISION=s.how.precision,
+                BP=min(s.head_dim, BLOCK), **launch_of(name, s.how).options(BLOCK, BLOCK),
+            )  # fmt: skip
         return dscores, rows, columns.sum(0), own, inside, skip
 
     def decay_gradients(
