@@ -56,13 +56,14 @@ class Job:
     tokens: int
 
 
-def jobs(families: list[str], lengths: list[int]) -> Iterator[Job]:
+def jobs(families: list[str], impls: list[str], lengths: list[int]) -> Iterator[Job]:
     """The longest rows first, fla beside the plans that it can hold."""
     for tokens in (*sorted(lengths, reverse=True), 0):
         for family in families:
             for plan in ("base", "paper", "all"):
-                yield Job(family, "statex", plan, tokens)
-                if family == "gla" and plan != "paper" and tokens:
+                if "statex" in impls:
+                    yield Job(family, "statex", plan, tokens)
+                if "fla" in impls and family == "gla" and plan != "paper" and tokens:
                     yield Job(family, "fla", plan, tokens)
 
 
@@ -206,6 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="CSV that rows are appended to")
     parser.add_argument("--family", default="gla,mamba2")
+    parser.add_argument("--impl", default="statex,fla")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="tokens in a row; 0 stands for generation")
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--shrink", type=int, default=1, help="divide the number of layers, to try the driver out")
@@ -219,7 +221,8 @@ def main() -> None:
         return
     require_device(parser, args.device)
     began = time.monotonic()
-    for job in jobs(args.family.split(","), [int(n) for n in args.lengths.split(",") if n != "0"]):
+    lengths = [int(n) for n in args.lengths.split(",") if n != "0"]
+    for job in jobs(args.family.split(","), args.impl.split(","), lengths):
         wanted = [("train", 1, job.tokens)] if job.tokens else [("generate", batch, NEW_TOKENS) for batch in DECODE_BATCHES]
         have = known(args.out)
         if all((f"{job.family}-1.3b", job.impl, job.plan, *map(str, one)) in have for one in wanted):

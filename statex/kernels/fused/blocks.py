@@ -2,7 +2,8 @@
 
 Time is cut into chunks of CHUNK tokens, chunks into blocks of BLOCK. A *reader* is one (query, value block) pair of a head: GLA has
 `GROUP` queries to a head and, under a mixing matrix, `PARTS` blocks of its values, each read with a query of its own. States and
-row workspaces are padded by the caller, so that no product needs a mask. Tensors of the caller come with their strides.
+row workspaces are padded by the caller, so that no product needs a mask. Tensors of the caller come with their strides. What SSD
+has per token and head lies head by head, `[B, H, tokens]`, with strides w_b, w_h (a group) and w_n (a head), to be loaded in runs.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def carry_states(
     X, Y, W, DECAY, START, STATES, END, OTHER, ENERGY,
-    x_b, x_h, x_g, x_p, x_t, y_b, y_h, y_g, y_t, w_b, w_h, w_t,
+    x_b, x_h, x_g, x_p, x_t, y_b, y_h, y_g, y_t, w_b, w_h, w_n,
     heads, chunks, K, V, part_width, head_dim,
     GROUP: tl.constexpr, CHUNK: tl.constexpr, BY_ROW: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, PAIRED: tl.constexpr,
@@ -68,7 +69,7 @@ def carry_states(
     X += b * x_b + h * x_h + (v0 // part_width) * x_p + ks[:, None]
     Y += b * y_b + h * y_h + vs[None, :]
     head = v0 // head_dim
-    W += b * w_b + h * w_h + head
+    W += b * w_b + h * w_h + head * w_n
     STATES += z * (chunks + 1) * size + tile
     OTHER += z * (chunks + 1) * size + tile
     left = vs < (head + 1) * head_dim
@@ -102,9 +103,9 @@ def carry_states(
         x = tl.load(X + g * x_g + t[None, :] * x_t)
         y = tl.load(Y + g * y_g + t[:, None] * y_t)
         if not BY_ROW:
-            w = tl.load(W + t * w_t)[:, None]
+            w = tl.load(W + t)[:, None]
             if PAIRED:
-                w = tl.where(left[None, :], w, tl.load(W + 1 + t * w_t)[:, None])
+                w = tl.where(left[None, :], w, tl.load(W + w_n + t)[:, None])
             y = (y * w).to(y.dtype)
         acc = dot(x, y, acc, PRECISION)
     tl.store(STATES + chunks * size, acc.to(STATES.dtype.element_ty))
@@ -113,7 +114,7 @@ def carry_states(
 
 @triton.jit
 def add_triangle(
-    acc, A, Y, HI, LO, DT, y_t, w_t, first,
+    acc, A, Y, HI, LO, DT, y_t, first,
     CHUNK: tl.constexpr, BM: tl.constexpr, TRANSPOSED: tl.constexpr, DECAYED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + A[first : first + BM] @ Y over the tokens of one chunk up to each row's own; with TRANSPOSED, from it on, by Aᵀ.
@@ -138,13 +139,13 @@ def add_triangle(
         a = tl.where(causal, a, 0.0)
         y = tl.load(Y + others[:, None] * y_t)
         if DECAYED:
-            exponent = tl.load(HI + rows * w_t)[:, None] - tl.load(HI + others * w_t)[None, :]
-            exponent += tl.load(LO + rows * w_t)[:, None] - tl.load(LO + others * w_t)[None, :]
+            exponent = tl.load(HI + rows)[:, None] - tl.load(HI + others)[None, :]
+            exponent += tl.load(LO + rows)[:, None] - tl.load(LO + others)[None, :]
             if TRANSPOSED:
                 exponent = -exponent
             a = a * tl.exp2(tl.minimum(exponent, 0.0))
             if not TRANSPOSED:
-                a *= tl.load(DT + others * w_t)[None, :]
+                a *= tl.load(DT + others)[None, :]
         acc = dot(a.to(y.dtype), y, acc, PRECISION)
     return acc
 
@@ -152,7 +153,7 @@ def add_triangle(
 @triton.jit
 def write_rows(
     acc, A, Y, OUT, ROW_SCALE, HI, LO, DT, SKIP, PARTNER, SUMS,
-    b, h, z, query, part, c, t0, n0, y_b, y_h, y_g, y_t, o_b, o_h, o_g, o_t, p_b, p_h, p_t, w_b, w_h, w_t,
+    b, h, z, query, part, c, t0, n0, y_b, y_h, y_g, y_t, o_b, o_h, o_g, o_t, p_b, p_h, p_t, w_b, w_h, w_n,
     heads, tokens, head_dim,
     GROUP: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr, SCALAR: tl.constexpr,
     HAS_SKIP: tl.constexpr, SUMMED: tl.constexpr, WRITTEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -163,30 +164,30 @@ def write_rows(
     ns = n0 + tl.arange(0, BN)
     first = t0 % CHUNK
     head = n0 // head_dim
-    weights = b * w_b + h * w_h + head
+    weights = b * w_b + h * w_h + head * w_n
     if SCALAR:
-        acc *= tl.load(ROW_SCALE + weights + rows * w_t)[:, None]
+        acc *= tl.load(ROW_SCALE + weights + rows)[:, None]
     if SUMMED:
         partner = tl.load(PARTNER + b * p_b + h * p_h + rows[:, None] * p_t + ns[None, :]).to(tl.float32)
         slot = (n0 % head_dim) // BN
-        places = (slot * (tl.num_programs(2) // heads) + b) * tokens + rows
-        tl.store(SUMS + places * w_t + h * w_h + head, tl.sum(acc * partner, 1))
+        slots = slot * (tl.num_programs(2) // heads) * w_b
+        tl.store(SUMS + slots + weights + rows, tl.sum(acc * partner, 1))
     if WRITTEN:
-        weights += c * CHUNK * w_t
+        weights += c * CHUNK
         for other in tl.static_range(GROUP if TRANSPOSED else 1):
             reader = query + other
             acc = add_triangle(
                 acc,
                 A + ((z * GROUP + reader) * PARTS + part) * tokens * CHUNK + c * CHUNK * CHUNK,
                 Y + b * y_b + h * y_h + reader * y_g * TRANSPOSED + c * CHUNK * y_t + ns[None, :],
-                HI + weights, LO + weights, DT + weights, y_t, w_t, first, CHUNK, BM, TRANSPOSED, SCALAR, PRECISION,
+                HI + weights, LO + weights, DT + weights, y_t, first, CHUNK, BM, TRANSPOSED, SCALAR, PRECISION,
             )  # fmt: skip
         if SCALAR:
             if TRANSPOSED:
-                acc *= tl.load(DT + weights + (first + tl.arange(0, BM)) * w_t)[:, None]
+                acc *= tl.load(DT + weights + first + tl.arange(0, BM))[:, None]
             if HAS_SKIP:
                 own = tl.load(Y + b * y_b + h * y_h + rows[:, None] * y_t + ns[None, :]).to(tl.float32)
-                acc += tl.load(SKIP + h * w_h + head) * own
+                acc += tl.load(SKIP + h * (w_h // w_n) + head) * own
         out = OUT + b * o_b + h * o_h + query * o_g + rows[:, None] * o_t + ns[None, :]
         tl.store(out, acc.to(OUT.dtype.element_ty))
 
@@ -194,7 +195,7 @@ def write_rows(
 @triton.jit
 def read_states(
     X, STATES, A, Y, OUT, ROW_SCALE, HI, LO, DT, SKIP, PARTNER, SUMS,
-    x_b, x_h, x_g, x_p, x_t, y_b, y_h, y_g, y_t, o_b, o_h, o_g, o_t, p_b, p_h, p_t, w_b, w_h, w_t,
+    x_b, x_h, x_g, x_p, x_t, y_b, y_h, y_g, y_t, o_b, o_h, o_g, o_t, p_b, p_h, p_t, w_b, w_h, w_n,
     heads, tokens, chunks, K, V, part_width, head_dim,
     GROUP: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr, SCALAR: tl.constexpr,
     HAS_SKIP: tl.constexpr, SUMMED: tl.constexpr, WRITTEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -239,14 +240,14 @@ def read_states(
             write_rows(
                 halves[half], A, Y, OUT, ROW_SCALE, HI, LO, DT, SKIP, PARTNER, SUMS,
                 b, h, z, g, part, c, t0, n0 + half * (BN // 2),
-                y_b, y_h, y_g, y_t, o_b, o_h, o_g, o_t, p_b, p_h, p_t, w_b, w_h, w_t, heads, tokens, head_dim,
+                y_b, y_h, y_g, y_t, o_b, o_h, o_g, o_t, p_b, p_h, p_t, w_b, w_h, w_n, heads, tokens, head_dim,
                 GROUP, PARTS, CHUNK, TRANSPOSED, SCALAR, HAS_SKIP, SUMMED, WRITTEN, PRECISION, BM, BN // 2,
             )  # fmt: skip
     else:
         write_rows(
             acc, A, Y, OUT, ROW_SCALE, HI, LO, DT, SKIP, PARTNER, SUMS,
             b, h, z, g, part, c, t0, n0,
-            y_b, y_h, y_g, y_t, o_b, o_h, o_g, o_t, p_b, p_h, p_t, w_b, w_h, w_t, heads, tokens, head_dim,
+            y_b, y_h, y_g, y_t, o_b, o_h, o_g, o_t, p_b, p_h, p_t, w_b, w_h, w_n, heads, tokens, head_dim,
             GROUP, PARTS, CHUNK, TRANSPOSED, SCALAR, HAS_SKIP, SUMMED, WRITTEN, PRECISION, BM, BN,
         )  # fmt: skip
 
@@ -254,22 +255,22 @@ def read_states(
 @triton.jit
 def project(
     X, STATES, A, Y, W, OUT,
-    x_b, x_h, x_g, x_t, y_b, y_h, y_t, w_b, w_h, w_t,
+    x_b, x_h, x_g, x_t, y_b, y_h, y_t, o_b, o_h, o_r, o_t, w_b, w_h, w_n,
     heads, tokens, chunks, K, V, part_width, head_dim,
     GROUP: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, WEIGHTED: tl.constexpr, TRIANGLE: tl.constexpr,
     TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """OUT = X S_cᵀ over each part's values: gradients of queries (X the output gradients) or keys (X the values), float32.
+    """OUT = X S_cᵀ over each part's values: gradients of queries (X the output gradients) or keys (X the values).
 
     WEIGHTED (SSD): X is multiplied by W per token and head, and BK divides a head's channels. TRIANGLE (SSD): plus (A causal, or
     transposed) Y.
 
-    Grid: (K / BN, tokens / BM, B * heads * GROUP * PARTS); OUT is `[B, heads, GROUP * PARTS, tokens, K]`.
+    Grid: (K / BN, tokens / BM, B * heads * GROUP * PARTS); OUT has strides of batch, head, reader and token.
     """
     n0 = tl.program_id(0) * BN
     t0 = tl.program_id(1) * BM
     z = tl.program_id(2).to(tl.int64)
-    out = OUT + z * tokens * K
+    reader = z % (GROUP * PARTS)
     part = z % PARTS
     g = (z // PARTS) % GROUP
     z = z // (PARTS * GROUP)
@@ -281,21 +282,22 @@ def project(
     vs = tl.arange(0, BK)
     x = X + b * x_b + h * x_h + g * x_g + part * part_width + rows[:, None] * x_t + vs[None, :]
     s = STATES + (z * (chunks + 1) + c) * K * V + part * part_width + ns[None, :] * V + vs[:, None]
-    w = W + b * w_b + h * w_h + rows * w_t
+    w = W + b * w_b + h * w_h + rows
     acc = tl.zeros([BM, BN], tl.float32)
     for v0 in range(0, part_width, BK):
         values = tl.load(x)
         if WEIGHTED:
-            values = (values * tl.load(w + v0 // head_dim)[:, None]).to(values.dtype)
+            values = (values * tl.load(w + (v0 // head_dim) * w_n)[:, None]).to(values.dtype)
         acc = dot(values, tl.load(s), acc, PRECISION)
         x += BK
         s += BK
     if TRIANGLE:
         acc = add_triangle(
             acc, A + z * tokens * CHUNK + c * CHUNK * CHUNK, Y + b * y_b + h * y_h + c * CHUNK * y_t + ns[None, :],
-            W, W, W, y_t, w_t, t0 % CHUNK, CHUNK, BM, TRANSPOSED, False, PRECISION,
+            W, W, W, y_t, t0 % CHUNK, CHUNK, BM, TRANSPOSED, False, PRECISION,
         )  # fmt: skip
-    tl.store(out + rows[:, None] * K + ns[None, :], acc)
+    out = OUT + b * o_b + h * o_h + reader * o_r + rows[:, None] * o_t + ns[None, :]
+    tl.store(out, acc.to(OUT.dtype.element_ty))
 
 
 @triton.jit

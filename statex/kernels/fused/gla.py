@@ -233,7 +233,8 @@ class _Segment:
         launch = launch_of("project", s.how)
         bm, bn = min(s.chunk, launch.rows), tile(s.channels, launch.columns, 128, 64)
         blocks.project[(s.channels // bn, self.tokens // bm, s.batch * s.heads * group * parts)](
-            x, states, out, out, out, out, x.stride(0), group * x.stride(2), x.stride(2), x.stride(1), 0, 0, 0, 0, 0, 0,
+            x, states, out, out, out, out, x.stride(0), group * x.stride(2), x.stride(2), x.stride(1), 0, 0, 0,
+            *out.stride()[:4], 0, 0, 0,
             s.heads, self.tokens, self.chunks, s.channels, s.values, s.values // parts, 1,
             GROUP=group, PARTS=parts, CHUNK=s.chunk, WEIGHTED=False, TRIANGLE=False, TRANSPOSED=False,
             PRECISION=s.how.precision, BM=bm, BN=bn, BK=BLOCK, **launch.options(bm, bn),

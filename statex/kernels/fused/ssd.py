@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -31,12 +31,12 @@ from .layout import (
     segments,
     state_tiles,
     tile,
+    unit_stride,
 )
 from .rows import Rows
 
-LOG2E = 1.4426950408889634
-FORGOTTEN = -433.0
-"""Log2-decays are cut off here: exp2 is 0 in float32 long before."""
+HEADS = 16
+"""Heads whose steps a program takes at once: a run of 64 bytes of `[B, T, H]`."""
 
 
 @torch.compiler.disable
@@ -85,7 +85,7 @@ def ssd(
     log_decay = forget_at_borders(log_decay.float(), cu_seqlens)
     x = padded(x, 3, width)
     x, B, C = (padded(_rows_side_by_side(u), 1, whole) for u in (x, B, C))
-    dt, log_decay = (padded(u, 1, whole).contiguous() for u in (dt, log_decay))
+    dt, log_decay = (unit_stride(padded(u, 1, whole)) for u in (dt, log_decay))
     if initial_state is None:
         state = torch.zeros(batch, groups, channels, shape.values, dtype=torch.float32, device=x.device)
     else:
@@ -147,7 +147,7 @@ class _Segment:
         self, shape: _Shape, rows: Iterable[Tensor], D: Tensor | None, gamma: Tensor | None, scores: Tensor | None = None
     ) -> None:
         x, dt, g, B, C = rows
-        self.shape, self.x, self.B, self.C, self.dt = shape, x, B, C, dt.contiguous()
+        self.shape, self.x, self.B, self.C, self.g = shape, x, B, C, g
         self.D = None if D is None else D.detach().float().contiguous()
         self.tokens = x.shape[1]
         self.chunks = self.tokens // shape.chunk
@@ -158,14 +158,8 @@ class _Segment:
             self.queries, self.keys = (u.unsqueeze(3).movedim(1, 3) for u in (C, B))
         else:
             self.queries, self.keys = self.query_rows.make(C, s.how.dtype), self.key_rows.make(B, s.how.dtype)
-        sums = (g.double() * LOG2E).clamp_min(FORGOTTEN).unflatten(1, (-1, s.chunk)).cumsum(2)
-        total = sums[:, :, -1:]
-        self.hi = sums.float()
-        self.lo = (sums - self.hi).float()
-        self.reading, self.to_end = sums.exp2().float(), (total - sums).exp2().float()
-        self.writing = self.to_end * self.dt.view_as(self.to_end)
-        self.chunk_decay = total.squeeze(2).float().unflatten(2, (s.groups, -1)).movedim(2, 1).contiguous()
-        self.step_strides = (self.tokens * s.groups * s.heads, s.heads, s.groups * s.heads)
+        self.step_strides = (s.groups * s.heads * self.tokens, s.heads * self.tokens, self.tokens)
+        self._sums(dt)
         self.scores = self._scores() if scores is None else scores
 
     def scratch(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -174,9 +168,9 @@ class _Segment:
         return torch.empty(s.batch, s.groups, *sizes, dtype=dtype or s.how.dtype, device=self.x.device)
 
     def per_step(self, *sizes: int) -> Tensor:
-        """Zeros `[*sizes, B, t, H]`, float32."""
+        """Uninitialised `[*sizes, B, H, t]`, float32."""
         s = self.shape
-        return torch.zeros(*sizes, s.batch, self.tokens, s.groups * s.heads, dtype=torch.float32, device=self.x.device)
+        return torch.empty(*sizes, s.batch, s.groups * s.heads, self.tokens, dtype=torch.float32, device=self.x.device)
 
     def column_strides(self, x: Tensor) -> tuple[int, int, int]:
         """Batch, group and time strides of values `[B, t, H, P]`."""
@@ -185,6 +179,17 @@ class _Segment:
     @property
     def pairs(self) -> int:
         return (self.shape.chunk // BLOCK) ** 2
+
+    def _sums(self, dt: Tensor) -> None:
+        """Sums of decays and what follows from them and from steps `[B, t, H]`; see the kernel."""
+        s, g, heads = self.shape, self.g, self.shape.groups * self.shape.heads
+        self.hi, self.lo, self.reading, self.to_end, self.writing, self.dt = self.per_step(6)
+        self.chunk_decay = self.scratch(self.chunks, s.heads, dtype=torch.float32)
+        width = min(HEADS, triton.next_power_of_2(heads))
+        by_head.step_sums[(triton.cdiv(heads, width), self.chunks, s.batch)](
+            g, dt, self.hi, self.lo, self.reading, self.to_end, self.writing, self.dt, self.chunk_decay,
+            g.stride(0), g.stride(1), dt.stride(0), dt.stride(1), self.chunks, heads, s.heads, CHUNK=s.chunk, BH=width, num_warps=8,
+        )  # fmt: skip
 
     def _scores(self) -> Tensor:
         """C_i · B_j without decays, `[B, groups, 1, t, chunk]`, written for blocks on and below the diagonal."""
@@ -224,8 +229,8 @@ class _Segment:
         self, rows: Tensor, states: Tensor, y: Tensor, scale: Tensor, *, transposed: bool, out: Tensor | None = None,
         partner: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Outputs (transposed: gradients of values) into `out`; and Σ over a head's channels of partner · (rows S_c), `[B, t,
-        H]`."""
+        """Outputs (transposed: gradients of values) into `out`; and Σ over a head's channels of partner · (rows S_c), `[B, H,
+        t]`."""
         s = self.shape
         launch = launch_of("read by head", s.how)
         bm, bn = min(s.chunk, launch.rows), s.columns(launch)
@@ -242,25 +247,32 @@ class _Segment:
             SUMMED=partner is not None, WRITTEN=out is not None, PRECISION=s.how.precision, BM=bm, BN=bn, BK=BLOCK,
             PAIRED=bn > s.head_dim, **launch.options(bm, bn),
         )  # fmt: skip
-        return sums if partner is None else sums.sum(0)
+        return sums.sum(0) if partner is not None and len(sums) > 1 else sums[0]
 
-    def project(self, x: Tensor, weights: Tensor, states: Tensor, dscores: Tensor, rows: Tensor, *, transposed: bool) -> Tensor:
-        """(x · weights) S_cᵀ + (dscores causal) rows, float32 `[B, groups, 1, t, K]`."""
+    def project(
+        self, x: Tensor, weights: Tensor, states: Tensor, dscores: Tensor, rows: Tensor, out: Tensor, *, transposed: bool
+    ) -> None:
+        """(x · weights) S_cᵀ + (dscores causal) rows into `out` `[B, groups, t, K]`."""
         s = self.shape
-        out = self.scratch(1, self.tokens, s.channels, dtype=torch.float32)
         launch = launch_of("project", s.how)
         bm, bn = min(s.chunk, launch.rows), tile(s.channels, launch.columns, 128, 64)
         x_b, x_h, x_t = self.column_strides(x)
         blocks.project[(s.channels // bn, self.tokens // bm, s.batch * s.groups)](
             x, states, dscores, rows, weights, out, x_b, x_h, 0, x_t, rows.stride(0), rows.stride(1), rows.stride(3),
-            *self.step_strides, s.groups, self.tokens, self.chunks, s.channels, s.values, s.values, s.head_dim,
+            out.stride(0), out.stride(1), 0, out.stride(2), *self.step_strides,
+            s.groups, self.tokens, self.chunks, s.channels, s.values, s.values, s.head_dim,
             GROUP=1, PARTS=1, CHUNK=s.chunk, WEIGHTED=True, TRIANGLE=True, TRANSPOSED=transposed,
             PRECISION=s.how.precision, BM=bm, BN=bn, BK=min(s.head_dim, BLOCK), **launch.options(bm, bn),
         )  # fmt: skip
-        return out
+
+    def destination(self, grad: Tensor) -> Tensor:
+        """Where gradients of rows go, `[B, groups, t, K]`: to `grad` `[B, t, groups, K]`, or to float32 that is taken apart."""
+        s = self.shape
+        return grad.transpose(1, 2) if s.straight else self.scratch(self.tokens, s.channels, dtype=torch.float32)
 
     def pair_gradients(self, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of scores, and per step and head `rows` (by slot), `columns` (slots added up), `own`, `inside` and `skip`."""
+        """Gradients of scores, and per step and head `rows`, `columns` (both by slot), `own`, `inside` and `skip`: see the kernel,
+        which leaves places of them unwritten that `step_gradients` does not read."""
         s = self.shape
         dscores, slots = torch.empty_like(self.scores), s.chunk // BLOCK
         rows, columns = self.per_step(slots), self.per_step(slots)
@@ -274,42 +286,18 @@ class _Segment:
                 HEAD_DIM=s.head_dim, CHUNK=s.chunk, DIAGONAL=name == "block gradients", PRECISION=s.how.precision,
                 BP=min(s.head_dim, BLOCK), **launch_of(name, s.how).options(BLOCK, BLOCK),
             )  # fmt: skip
-        return dscores, rows, columns.sum(0), own, inside, skip
+        return dscores, rows, columns, own, inside, skip
 
-    def decay_gradients(
-        self, read: Tensor, written: Tensor, energy: Tensor, rows: Tensor, columns: Tensor, inside: Tensor, g: Tensor
-    ) -> Tensor:
-        """Gradients of log-decays `[B, t, H]`: a token's decay touches what tokens before it wrote and tokens from it on read.
-
-        Every sum runs over such pairs alone. As a difference of sums over all pairs it would leave their rounding errors where
-        strong decays make the rest tiny.
-
-        Args:
-            read: what each token reads of states in front of the chunk.
-            written: what each token, its step included, adds to the state behind the chunk.
-            energy: what crosses whole chunks, from `carry`.
-            rows, columns, inside: pairs within the chunk, see the kernel; `columns` with the step included.
-            g: log-decays.
-        """
-        s = self.shape
-        crossing = energy.sum(0).view(s.batch, s.groups, self.chunks, s.heads, s.head_dim).sum(-1).movedim(1, 2).flatten(2)
-        read, written, inside = (u.unflatten(1, (-1, s.chunk)) for u in (read, written, inside))
-        dg = _from_here_on(read) + _before(written) + inside + crossing[:, :, None]
-        dg += _before(columns.unflatten(1, (-1, BLOCK))).view_as(dg)
-        for u, row in enumerate(rows[:-1]):
-            later = slice((u + 1) * BLOCK, None)
-            dg[:, :, later] += _from_here_on(row.unflatten(1, (-1, s.chunk))[:, :, later])
-        return dg.flatten(1, 2).masked_fill(g * LOG2E < FORGOTTEN, 0)
-
-
-def _from_here_on(x: Tensor) -> Tensor:
-    """Sums over dimension 2 from each place on."""
-    return x.flip(2).cumsum(2).flip(2)
-
-
-def _before(x: Tensor) -> Tensor:
-    """Sums over dimension 2 up to each place, itself excluded."""
-    return F.pad(x, (0, 0, 1, -1)).cumsum(2)
+    def step_gradients(self, energy: Tensor, ddt: Tensor, dg: Tensor, *parts: Tensor) -> None:
+        """Writes gradients of steps and log-decays `[B, t, H]` from `energy`, which `carry` makes, and from `parts`: what `read`
+        makes of both passes, and what `pair_gradients` makes."""
+        s, heads = self.shape, self.shape.groups * self.shape.heads
+        crossing = energy.unflatten(-1, (s.heads, s.head_dim)).sum((0, -1))
+        width = min(HEADS, triton.next_power_of_2(heads))
+        by_head.step_gradients[(triton.cdiv(heads, width), self.tokens // BLOCK, s.batch)](
+            self.g, self.dt, *parts, crossing, ddt, dg, self.g.stride(0), self.g.stride(1), ddt.stride(0), ddt.stride(1),
+            self.chunks, heads, s.heads, self.dt.numel(), CHUNK=s.chunk, BH=width,
+        )  # fmt: skip
 
 
 class _SSD(torch.autograd.Function):
@@ -346,16 +334,13 @@ class _SSD(torch.autograd.Function):
             read = segment.read(segment.queries, states, part, segment.reading, transposed=False, partner=part)
             written = segment.read(segment.keys, dstates, part, segment.to_end, transposed=True, out=dx[:, here], partner=values)
             dscores, rows, columns, own, inside, skip = segment.pair_gradients(part)
-            step, g = segment.dt, log_decay[:, here]
-            ddt[:, here] = columns + own + written
-            dg[:, here] = segment.decay_gradients(read, step * written, energy, rows, step * columns, inside, g)
+            segment.step_gradients(energy, ddt[:, here], dg[:, here], read, written, rows, columns, own, inside)
             if dD is not None:
-                dD += skip.sum((0, 1))
-            dqueries = segment.project(part, segment.reading, states, dscores, segment.keys, transposed=False)
-            dkeys = segment.project(values, segment.writing, dstates, dscores, segment.queries, transposed=True)
-            if shape.straight:
-                dC[:, here], dB[:, here] = (grad.squeeze(2).transpose(1, 2) for grad in (dqueries, dkeys))
-            else:
+                dD += skip.sum((0, 2))
+            dqueries, dkeys = (segment.destination(grad[:, here]) for grad in (dC, dB))
+            segment.project(part, segment.reading, states, dscores, segment.keys, dqueries, transposed=False)
+            segment.project(values, segment.writing, dstates, dscores, segment.queries, dkeys, transposed=True)
+            if not shape.straight:
                 more, _ = segment.query_rows.take_apart(segment.C, dqueries, dC[:, here])
                 segment.key_rows.take_apart(segment.B, dkeys, dB[:, here])
                 dgamma = None if dgamma is None or more is None else dgamma + more
