@@ -173,7 +173,7 @@ def version(*names: str) -> str:
     return str(getattr(__import__(names[0].replace("-", "_")), "__version__", "unknown"))
 
 
-def decoder(job: Job, batch: int) -> Callable[[int], None]:
+def decoder(job: Job, batch: int) -> Callable[[int], Any]:
     """A function that does one token on the i-th of several states."""
     import torch
 
@@ -187,7 +187,8 @@ def decoder(job: Job, batch: int) -> Callable[[int], None]:
         states = torch.zeros(copies, batch, shape.H, shape.V, shape.K, device="cuda")
         A = rows["A"][:, None, None].expand(shape.H, shape.V, shape.K)
         dt, D = rows["dt"][..., None].expand(-1, -1, shape.V), rows["D"][:, None].expand(shape.H, shape.V)
-        return lambda i: selective_state_update(states[i % copies], rows["x"], dt, A, rows["B"], rows["C"], D)
+        bias = torch.zeros(shape.H, 1, device="cuda").expand(shape.H, shape.V)  # it reads the strides of a bias unasked
+        return lambda i: selective_state_update(states[i % copies], rows["x"], dt, A, rows["B"], rows["C"], D, dt_bias=bias)
     states = torch.zeros(copies, batch, shape.H, shape.K, shape.V, device="cuda")
     if job.impl == "fla":
         from fla.ops.gla import fused_recurrent_gla

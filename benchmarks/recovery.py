@@ -282,9 +282,11 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     if args.command is None and args.table:
-        table(lines(args.results))
+        wanted = {"base": args.base, "steps": args.steps.split(",") if args.steps else []}
+        found = [line for line in lines(args.results) if all(not named or line[key] in named for key, named in wanted.items())]
+        table(found)
         if args.arms:
-            draw(lines(args.results), args.arms.split(","), args.figure)
+            draw(found, args.arms.split(","), args.figure)
         return
     disable_progress_bar()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -316,7 +318,8 @@ def main() -> None:
             device, work_folder, bases, args.data, args.test, args.backend, at_once=args.at_once, deadline=deadline, **sizes
         )
         if args.reading:
-            place.reading = ReadingRows(args.reading, READING_WIDTH, device, seed=0)
+            few = {"train": 16, "test": 4} if args.dry_run else {}
+            place.reading = ReadingRows(args.reading, READING_WIDTH, device, seed=0, **few)
         place.eager, place.base_steps = args.eager, args.base_steps or place.base_steps
         claims = args.claims or folder / "claims"
         claims.mkdir(exist_ok=True)

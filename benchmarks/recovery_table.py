@@ -18,8 +18,11 @@ RUN, ERROR = "run", "error"
 FLOOR, LIMIT = "baseline", 0.5
 """The axis of runs without surgery, and the percent by which an arm's bits per byte may lie above the best of them."""
 SHOWN = tuple((MQAR, f"{kind}_{n}") for kind, counts in (("accuracy", (16, 32, 64, 128)), ("capacity", (50, 90))) for n in counts)
+READ = (("factbook", "exact"), ("squad", "exact"))
+"""Of runs with `--reading`."""
 COSTS = ("train_ms", "decode_ms_batch_1")
-DRAWN = {"bits per byte": (TEXT, "bits_per_byte"), "recall of 64 pairs": (MQAR, "accuracy_64")}
+MARKERS = "os^vDPX*"
+DRAWN = {"bits per byte": (TEXT, "bits_per_byte"), "recall of 128 pairs": (MQAR, "accuracy_128")}
 Setting = tuple[str, str, str]
 """(base, steps, batch)."""
 Run = dict[tuple[str, str], float]
@@ -52,7 +55,8 @@ def table(lines: Iterable[Line]) -> None:
         first = {arm: next(iter(runs.values()))[0] for arm, runs in arms.items()}
         floor = min((mean(last[arm], MORE_TEXT, "bits_per_byte") for arm in arms if first[arm]["axis"] == FLOOR), default=math.nan)
         print(f"\n{base}, {steps} steps of {batch} times the base's tokens\n")
-        names = ["arm", "state", "seeds", "bits/byte", "over best lpt", *(metric for _, metric in SHOWN), *COSTS]
+        shown = (*SHOWN, *(part for part in READ if any(part in run for runs in last.values() for run in runs)))
+        names = ["arm", "state", "seeds", "bits/byte", "over best lpt", *map(title, shown), *COSTS]
         print(f"| {' | '.join(names)} |")
         print("|---|" + "---:|" * (len(names) - 1))
         for arm in sorted(arms, key=lambda arm: -mean(last[arm], MQAR, "accuracy_64")):
@@ -60,7 +64,7 @@ def table(lines: Iterable[Line]) -> None:
             over = 100 * (bits / floor - 1)
             star = " *" if over <= LIMIT else ""
             cells = [f"×{float(first[arm]['factor']):g}", str(len(last[arm])), f"{bits:.4f}", f"{over:+.2f} %{star}"]
-            cells += [form(metric, [run[task, metric] for run in last[arm] if (task, metric) in run]) for task, metric in SHOWN]
+            cells += [form(metric, [run[task, metric] for run in last[arm] if (task, metric) in run]) for task, metric in shown]
             cells += [f"{costs[base, arm, name]:.2f}" if (base, arm, name) in costs else "" for name in COSTS]
             print(f"| {arm} | {' | '.join(cells)} |")
     done = {key(line) for line in lines if line["task"] == RUN}
@@ -79,11 +83,17 @@ def mean(runs: list[Run], task: str, metric: str) -> float:
     return statistics.mean(values) if values else -1.0
 
 
+def title(shown: tuple[str, str]) -> str:
+    """Of a column."""
+    task, metric = shown
+    return metric if task == MQAR else f"{task} {metric}"
+
+
 def form(metric: str, values: list[float]) -> str:
     """A mean, with least and greatest in brackets where there are several."""
     if not values:
         return ""
-    factor = 100 if metric.startswith("accuracy") else 1
+    factor = 1 if metric.startswith("capacity") else 100
     told = [
         "more" if math.isinf(value) else f"{factor * value:.1f}" for value in (statistics.mean(values), min(values), max(values))
     ]
@@ -96,7 +106,7 @@ def draw(lines: Iterable[Line], arms: list[str], path: Path) -> None:
     chosen = {setting: found for setting, found in chosen.items() if found}
     if not chosen:
         raise SystemExit("the CSV holds none of these arms")
-    figure, axes = plt.subplots(len(chosen), len(DRAWN), figsize=(9, 3 * len(chosen)), squeeze=False)
+    figure, axes = plt.subplots(len(chosen), len(DRAWN), figsize=(9, 3.2 * len(chosen)), squeeze=False)
     for row, ((base, steps, _), found) in zip(axes, chosen.items(), strict=True):
         for axis, (label, metric) in zip(row, DRAWN.items(), strict=True):
             for arm, runs in found.items():
@@ -105,10 +115,13 @@ def draw(lines: Iterable[Line], arms: list[str], path: Path) -> None:
                     if (line["task"], line["metric"]) == metric:
                         points[line["step"]].append((int(line["tokens"]) / 1e6, float(line["value"])))
                 curve = [[statistics.mean(part) for part in zip(*seeds, strict=True)] for seeds in points.values()]
-                axis.plot([x for x, _ in curve], [y for _, y in curve], "o-", label=arm)
+                marker = MARKERS[arms.index(arm) % len(MARKERS)]
+                axis.plot([x for x, _ in curve], [y for _, y in curve], f"{marker}-", label=arm, color=f"C{arms.index(arm)}")
             axis.set(title=f"{base}, {steps} steps", xlabel="million tokens", ylabel=label)
             axis.grid(alpha=0.3)
-        row[0].legend(fontsize=7)
+        starts = [float(line["value"]) for runs in found.values() for run in runs.values() for line in run[:1]]
+        row[0].set_ylim(0.98 * min(starts), 1.06 * min(starts))  # what is drawn afresh starts far above
+        row[1].legend(fontsize=7)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -93,9 +93,7 @@ class Preset:
 PRESETS = {
     "gla": Preset("gla", hidden_size=256, num_layers=4, heads=2, key_dim=8, steps=4000, expand_v=0.5, intermediate_size=1536),
     "mamba2": Preset("mamba2", hidden_size=384, num_layers=5, heads=12, key_dim=16, steps=4500, text_rows=48, joined=True),
-    "gla-30m": Preset(
-        "gla", hidden_size=512, num_layers=6, heads=4, key_dim=8, steps=2600, expand_v=0.25, intermediate_size=3072, learning_rate=2e-3
-    ),
+    "gla-30m": Preset("gla", 512, 6, heads=4, key_dim=8, steps=2600, expand_v=0.25, intermediate_size=3072, learning_rate=2e-3),
     "gla-quickstart": Preset("gla", hidden_size=128, num_layers=4, heads=2, key_dim=8, steps=4000),
 }
 

@@ -8,7 +8,6 @@ Importing this package does not import torch: the names are resolved on first us
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 _HOMES = {
@@ -26,12 +25,8 @@ _HOMES = {
     "export_hf": ("statex.models.remote_code", "export_hf"),
 }
 
+__version__ = "0.1.0"
 __all__ = ["__version__", *_HOMES]
-
-try:
-    __version__ = version("statex")
-except PackageNotFoundError:  # run from a checkout that is not installed
-    __version__ = "0+unknown"
 
 
 def __getattr__(name: str) -> Any:

@@ -80,12 +80,16 @@ def expand(
     """Rewrite the heads of a checkpoint so that its state grows."""
     if out is None and not dry_run:
         raise StatexError("an output folder is missing", fix="Give one with -o OUT, or use --dry-run")
+
+    def auto(able: list[int]) -> list[int]:
+        return statex.auto_layers(checkpoint, among=able, operator=operator, factor=factor)
+
     summary = statex.expand(
         checkpoint,
         out,
         operator=operator,
         factor=factor,
-        layers=statex.auto_layers(checkpoint, operator=operator, factor=factor) if layers == "auto" and plan is None else layers,
+        layers=auto if layers == "auto" and plan is None else layers,
         init=init,
         seed=seed,
         options=key_values(option),
@@ -466,6 +470,6 @@ def message(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full. Free some space and run again", 1
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # a GPU's, which is no MemoryError
         return "the memory does not suffice. Ask for smaller sizes or use a larger machine", 1
     return f"unexpected {type(error).__name__}: {error}. Run again with --debug and report the traceback", 1

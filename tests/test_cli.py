@@ -171,6 +171,49 @@ def test_auto_expands_the_layers_that_a_diagnosis_names(run: Run, place: Path, m
     assert [row["layer"] for row in json.loads(outcome.out)["layers"]] == [1]
 
 
+AUTO = ("expand", QUICKSTART, "--layers", "auto")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([*AUTO, "-o", "out", "--operator", "outer_product"], "merge_heads"),
+        ([*AUTO, "-o", "out", "--operator", "lift_kyes"], "did you mean 'lift_keys'"),
+        ([*AUTO, "-o", "out", "--operator", "merge_heads", "--factor", "3"], "does not divide"),
+        ([*AUTO, "-o", "out", "--operator", "merge_heads", "--factor", "0"], "2 or more"),
+        ([*AUTO, "-o", "out", "--init", "zero"], "preserve"),
+        ([*AUTO, "-o", "out", "--operator", "merge_heads", "--init", "inherit", "--set", "mixing=scalar"], "no meaning with init"),
+        ([*AUTO, "-o", "out", "--set", "mix=1"], "Known keys"),
+        ([*AUTO, "-o", "out", "--seed=-1"], "seed"),
+        ([*AUTO, "-o", "out", "--plan", "key.yaml"], "both given"),
+        ([*AUTO, "-o", "out", "--plan", "none.yaml"], "Check the path"),
+        ([*AUTO, "-o", "expanded"], "--force"),
+        ([*AUTO, "-o", "home", "--force"], "not a checkpoint"),
+        ([*AUTO, "-o", "good.txt/out"], "cannot write"),
+        ([*AUTO, "-o", QUICKSTART, "--force"], "own source"),
+        (["expand", "lifted", "-o", "out", "--layers", "auto", "--operator", "lift_keys"], "expanded already"),
+        (["diagnose", QUICKSTART, "--operator", "merge_heads", "--factor", "3"], "does not divide"),
+        (["diagnose", "lifted", "--operator", "lift_keys"], "It allows ×4 in all"),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_layers_are_measured(
+    arguments: list[object], word: str, run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("statex.evals.diagnosis.run.load_subject", lambda *args, **options: pytest.fail("the measuring began"))
+    if "lifted" in arguments:
+        statex.expand(QUICKSTART, place / "lifted", operator="lift_keys", factor=2, layers="all", progress=False)
+    before = everything(place)
+    assert_refused(run(*arguments), word)
+    assert everything(place) == before
+
+
+def test_auto_chooses_among_layers_that_can_take_the_operation(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    statex.expand(QUICKSTART, place / "lifted", operator="lift_keys", factor=2, layers="2", progress=False)
+    monkeypatch.setattr(statex, "auto_layers", lambda checkpoint, among, **options: among, raising=False)
+    outcome = run("expand", "lifted", "--layers", "auto", "--operator", "lift_keys", "--dry-run", "--json")
+    assert [row["layer"] for row in json.loads(outcome.out)["layers"]] == [0, 1, 3]
+
+
 def test_an_evaluation_becomes_a_report_and_a_section_of_the_card(run: Run, place: Path) -> None:
     shutil.copytree(QUICKSTART, "ckpt")
     assert run("eval", "ckpt", *TINY, "-o", "result").code == 0
@@ -313,6 +356,18 @@ def test_results_that_do_not_fit_leave_no_folder(run: Run, place: Path, monkeypa
     monkeypatch.setattr("statex.evals.result.write_text", full)
     assert_refused(run("eval", QUICKSTART, *TINY, "-o", "out"), "No space left")
     assert not (place / "out").exists()
+
+
+def test_a_gpu_without_memory_is_told_as_such(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("statex.evals.diagnosis.run.measure_memory", full)
+    assert_refused(run("diagnose", QUICKSTART, "--samples", "1", "--no-heads"), "the memory does not suffice")
+
+
+def test_of_several_tasks_the_one_that_cannot_run_is_named(run: Run) -> None:
+    assert_refused(run("eval", QUICKSTART, "--tasks", "passkey,niah", "--lengths", "128"), "error: niah: ", "Give lengths from")
 
 
 def test_the_handlers_of_signals_are_given_back(run: Run) -> None:

@@ -157,7 +157,14 @@ def evaluate(
 
 def _plan(named: Sequence[Task], of_suites: Sequence[Task], context: Context) -> tuple[list[tuple[Task, Schedule]], dict[str, str]]:
     """Schedules, and why tasks of suites were left out."""
-    schedules, left_out = [(task, task.schedule(context)) for task in named], dict[str, str]()
+    schedules, left_out = list[tuple[Task, Schedule]](), dict[str, str]()
+    for task in named:
+        try:
+            schedules.append((task, task.schedule(context)))
+        except EvaluationError as error:
+            if len(named) == 1:
+                raise
+            raise EvaluationError(f"{task.name}: {error.what}", where=error.where, fix=error.fix) from error
     for task in of_suites:
         try:
             schedules.append((task, task.schedule(context)))

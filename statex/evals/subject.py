@@ -179,9 +179,14 @@ class Subject:
 
     def rows_at_once(self, length: int, keep: int) -> int:
         """Rows of a forward pass with `length` tokens each, of which `keep` are scored."""
-        wanted = self.batch_size or max(1, self._budget // max(1, length))
         if self.branches:
+            wanted = self.batch_size or max(1, self._budget // max(1, length))
             return max(1, min(wanted, STATE_BYTES // self._state_bytes))
+        return self.whole_rows_at_once(length, keep)
+
+    def whole_rows_at_once(self, length: int, keep: int) -> int:
+        """The same for rows that are not read in pieces, so that all their logits are held at once."""
+        wanted = self.batch_size or max(1, self._budget // max(1, length))
         return max(1, min(wanted, LOGIT_ELEMENTS // ((keep + 1) * self._vocabulary)))
 
     def tokens_at_once(self, rows: int, keep: int = 1) -> int:

@@ -33,13 +33,17 @@ class Unfinished:
         return self._done.get((task, job))
 
     def add(self, task: str, job: str, cells: list[Cell]) -> None:
-        """Keep what a job gave."""
-        if not self.begun:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self._header) + "\n", encoding="utf-8")
-            self.begun = True
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"task": task, "job": job, "cells": [asdict(cell) for cell in cells]}) + "\n")
+        """Keep what a job gave. Raises `EvaluationError` where nothing can be written."""
+        try:
+            if not self.begun:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.path.write_text(json.dumps(self._header) + "\n", encoding="utf-8")
+                self.begun = True
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"task": task, "job": job, "cells": [asdict(cell) for cell in cells]}) + "\n")
+        except OSError as error:
+            what = f"the results cannot be written: {error.strerror or error}"
+            raise EvaluationError(what, where=str(self.path), fix="Make room, or choose another -o") from error
 
     def remove(self) -> None:
         """The evaluation is complete."""

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-COLUMNS = ("step", "loss", "lr", "tokens", "tokens_per_s", "grad_norm", "eval_loss")
-"""`loss` in nats per token, mean since the last line; `tokens` since the start of the run; `eval_loss` on held-out data."""
+COLUMNS = ("step", "loss", "lr", "tokens", "tokens_per_s", "grad_norm", "eval_loss", "opened")
+"""`loss` in nats per token, mean since the last line; `tokens` since the start of the run; `eval_loss` on held-out data;
+`opened`: how far what surgery added has moved from where it does nothing, as a root mean square."""
 
 Record = dict[str, float]
 
@@ -94,6 +95,8 @@ def _told(record: Record) -> str:
     parts = []
     if "loss" in record:
         parts.append(f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s")
+    if "opened" in record:
+        parts.append(f"opened {record['opened']:.3g}")
     if "eval_loss" in record:
         parts.append(f"held-out loss {record['eval_loss']:.4f}")
     return "  ".join(parts)

@@ -24,7 +24,9 @@ from accelerate.utils import DistributedType, gather_object
 from torch import nn
 
 from ..errors import RecipeError, RunStopped, TrainingError
+from ..models import StatexForCausalLM
 from ..models.named import pick_device
+from ..models.openness import opened
 from .data.packing import Batch, Packer
 from .guard import LossGuard
 from .optimizer import build_optimizer, learning_rate, set_learning_rate
@@ -124,7 +126,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: StatexForCausalLM,
         recipe: Recipe,
         roles: dict[str, Any],
         undecayed: set[str],
@@ -222,7 +224,9 @@ class Trainer:
         mean = progress.loss_sum / progress.loss_count
         progress.loss_sum, progress.loss_count = 0.0, 0
         rate = self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["multiplier"]
-        return {"loss": mean, "lr": rate, "tokens": progress.tokens, "tokens_per_s": pace.restart(), "grad_norm": grad_norm}
+        record = {"loss": mean, "lr": rate, "tokens": progress.tokens, "tokens_per_s": pace.restart(), "grad_norm": grad_norm}
+        distance = opened(self.model)
+        return record if distance is None else record | {"opened": distance}
 
     def _step(self) -> tuple[float, bool]:
         """One optimizer step: the gradient's norm before clipping, and whether a process was asked to stop."""

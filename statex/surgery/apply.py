@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import __version__
-from ..checkpoints import Checkpoint, CheckpointWriter, TensorInfo, canonical_config, open_checkpoint
+from ..checkpoints import Checkpoint, CheckpointWriter, OutputFolder, TensorInfo, canonical_config, open_checkpoint
 from ..errors import PlanError
 from ..families.description import ModelDescription
 from .card import model_card
@@ -21,9 +21,12 @@ from .plan import Plan, resolve_plan
 from .summary import ExpansionRow, ExpansionSummary, backbone_cost, layer_cost
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 LAYER = "model.layers.{}."
+
+Choice = Callable[[list[int]], Iterable[int]]
+"""Of the layers that can take an operation, those that shall."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def expand_checkpoint(
     *,
     operator: str | None = None,
     factor: int | None = None,
-    layers: str | int | Iterable[int] | None = None,
+    layers: str | int | Iterable[int] | Choice | None = None,
     init: str | None = None,
     seed: int | None = None,
     options: Mapping[str, Any] | None = None,
@@ -68,7 +71,9 @@ def expand_checkpoint(
         path: a checkpoint folder or hub id.
         out: the folder to write; None only with `dry_run`.
         plan: a whole plan; or `plan_file`; or one operation from `operator`, `factor`, `layers`, `init` and `options`. What is left
-            out is the family's plan in the StateX paper (arXiv 2509.22630), with init `preserve`.
+            out is the family's plan in the StateX paper (arXiv 2509.22630), with init `preserve`. `layers` may be a function, for
+            choices that take long: it is called when all that can be refused has been, with the layers that can take the operation,
+            and returns those to expand.
         seed: of every random draw; each draw depends on the seed and its tensor's name only.
         options: the operator's further options, such as `{"mixing": "scalar"}`.
         revision: of a hub id.
@@ -81,25 +86,61 @@ def expand_checkpoint(
         CheckpointError: the source cannot be read, or `out` exists or cannot be written.
     """
     with open_checkpoint(path, revision=revision) as checkpoint:
-        if not isinstance(plan, Plan):
-            plan = resolve_plan(
-                checkpoint, operator=operator, factor=factor, layers=layers, init=init, seed=seed, options=options,
-                plan=plan, plan_file=plan_file,
-            )  # fmt: skip
-        source = str(path)
-        try:
-            expansion = work_out(checkpoint, plan, source=source, out=None if dry_run or out is None else Path(out))
-        except PlanError as error:
-            if not checkpoint.is_expanded:
-                raise
-            what = f"the checkpoint is expanded already, and this plan does not go on top: {error.what}"
-            raise PlanError(what, where=error.where, fix=error.fix) from error
-        if dry_run:
-            return expansion.summary
-        if out is None:
+        if out is None and not dry_run:
             raise ValueError("out is None, which only a dry run allows")
-        _write(checkpoint, expansion, plan, Path(out), source=source, force=force, progress=progress)
+        target = None if dry_run or out is None else Path(out)
+        if not isinstance(plan, Plan):
+            told: dict[str, Any] = {
+                "operator": operator, "factor": factor, "init": init, "seed": seed, "options": options,
+                "plan": plan, "plan_file": plan_file,
+            }  # fmt: skip
+            if callable(layers):
+                layers = _chosen(checkpoint, layers, told, target, force)
+            plan = resolve_plan(checkpoint, **told, layers=layers)
+        source = str(path)
+        with _told_of_earlier_expansions(checkpoint):
+            expansion = work_out(checkpoint, plan, source=source, out=target)
+        if target is None:
+            return expansion.summary
+        _write(checkpoint, expansion, plan, target, source=source, force=force, progress=progress)
         return expansion.summary
+
+
+def try_layers(
+    checkpoint: Checkpoint, layers: Iterable[int], **operation: Any
+) -> tuple[dict[int, Expansion], dict[int, PlanError]]:
+    """One operation, as `resolve_plan` takes it, on each layer alone: what it gives where it can be carried out, else why not."""
+    able, unable = {}, {}
+    for layer in layers:
+        try:
+            able[layer] = work_out(checkpoint, resolve_plan(checkpoint, **operation, layers=[layer]))
+        except PlanError as error:
+            unable[layer] = error
+    return able, unable
+
+
+def _chosen(checkpoint: Checkpoint, choose: Choice, told: Mapping[str, Any], out: Path | None, force: bool) -> list[int]:
+    """Ask for the layers when nothing is left to refuse: the operation goes on some layer, and `out` can be written."""
+    able, unable = try_layers(checkpoint, range(len(checkpoint.description.layers)), **told)
+    if not able:
+        with _told_of_earlier_expansions(checkpoint):
+            raise next(iter(unable.values()))
+    if out is not None:
+        least = min(sum(tensor.bytes for tensor in expansion.tensors.values()) for expansion in able.values())
+        OutputFolder(out, force=force, need=least, protect=[checkpoint.path]).discard()
+    return list(choose(list(able)))
+
+
+@contextmanager
+def _told_of_earlier_expansions(checkpoint: Checkpoint) -> Iterator[None]:
+    """A plan that fails on an expanded checkpoint mostly fails because of that."""
+    try:
+        yield
+    except PlanError as error:
+        if not checkpoint.is_expanded:
+            raise
+        what = f"the checkpoint is expanded already, and this plan does not go on top: {error.what}"
+        raise PlanError(what, where=error.where, fix=error.fix) from error
 
 
 def work_out(checkpoint: Checkpoint, plan: Plan, *, source: str = "", out: Path | None = None) -> Expansion:

@@ -162,6 +162,16 @@ def test_a_model_without_recall_gets_no_plan_and_auto_says_so(untrained: Path) -
     assert "--layers" in str(caught.value)
 
 
+def test_auto_names_no_layer_outside_those_that_it_is_given(diagnosis: Diagnosis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("statex.evals.diagnosis.run.diagnose", lambda checkpoint, **options: diagnosis)
+    gaining = diagnosis.gaining_layers
+    others = [finding.layer for finding in diagnosis.layers if finding.layer not in gaining]
+    assert auto_layers(QUICKSTART) == auto_layers(QUICKSTART, among=range(9)) == gaining
+    assert auto_layers(QUICKSTART, among=[*others, gaining[0]]) == gaining[:1]
+    with pytest.raises(EvaluationError, match=f"recall rests on layers {gaining[0]}.*cannot be expanded"):
+        auto_layers(QUICKSTART, among=others)
+
+
 def test_what_opened_is_told_of_an_expanded_checkpoint(untrained: Path, tmp_path: Path) -> None:
     statex.expand(untrained, tmp_path / "merged", operator="merge_heads", layers="1", factor=2, progress=False)
     change_tensors(tmp_path / "merged", lambda tensors: tensors["model.layers.1.mixer.mixing"].add_(0.5))
@@ -189,6 +199,7 @@ def test_mqar_answers_are_the_values_and_copy_answers_the_second_reading() -> No
 def test_options_out_of_range_are_refused_before_anything_is_measured(untrained: Path) -> None:
     for options, message in (
         ({"window": 0}, "window is 0"),
+        ({"window": 384}, "cuts nothing from the probe's rows of 384"),
         ({"samples": 0}, "samples is 0"),
         ({"probe": "guess"}, "no probe 'guess'"),
     ):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from statex.evals.diagnosis.memory import half_life, measure_memory, state_ranks
-from statex.evals.diagnosis.openness import measure_openness
 from statex.models.cache import LayerState
 from statex.models.components import Mixer, TokenLayout
+from statex.models.openness import measure_openness
 from tests.models.build import DESCRIPTIONS, build, every_model, tokens
 
 

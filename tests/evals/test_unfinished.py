@@ -89,3 +89,12 @@ def test_there_must_be_something_to_resume(tmp_path: Path) -> None:
 def test_nothing_is_left_beside_a_complete_result(tmp_path: Path) -> None:
     run(Rule(recalls), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_place_that_cannot_be_written_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(EvaluationError, match=r"No space left on device .*out\.unfinished\.jsonl"):
+        run(Failing(99), tmp_path / "out")

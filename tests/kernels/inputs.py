@@ -34,10 +34,14 @@ def gla_inputs(
     key_dim: int = 6,
     value_dim: int = 10,
     mixing: str | None = None,
+    blocks: int = 2,
     lift: int = 1,
     states: int | None = None,
 ) -> dict[str, Any]:
-    """Arguments of `gla` in float32; `states` is the number of initial states (the batch, unless sequences are packed)."""
+    """Arguments of `gla` in float32; `states` is the number of initial states (the batch, unless sequences are packed).
+
+    `mixing`: one number for each pair of `blocks`, or one for each channel and block.
+    """
     inputs = {
         "q": torch.randn(batch, tokens, heads * group, key_dim),
         "k": torch.randn(batch, tokens, heads, key_dim),
@@ -46,7 +50,7 @@ def gla_inputs(
         "initial_state": torch.randn(states or batch, heads, lift * key_dim, value_dim),
     }
     if mixing is not None:
-        inputs["mixing"] = torch.randn(heads, 2 if mixing == "scalar" else key_dim, 2)
+        inputs["mixing"] = torch.randn(heads, blocks if mixing == "scalar" else key_dim, blocks)
     if lift > 1:
         inputs["lift_gamma"] = torch.randn(heads * group, (lift - 1) * key_dim)
     return inputs
@@ -89,10 +93,13 @@ def distance(x: Tensor, reference: Tensor) -> float:
 
 
 def gradients(kernel: Callable[..., Any], inputs: dict[str, Any], **options: Any) -> dict[str, Tensor]:
-    """Gradients of one random linear function of outputs and final states with respect to every input."""
+    """Gradients of one random linear function of outputs and final states with respect to every input.
+
+    Its weights are exact in bfloat16, so that outputs of every dtype have the same.
+    """
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     output, state = kernel(**leaves, output_final_state=True, **options)
     generator = torch.Generator().manual_seed(7)
-    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in (output, state)]
+    weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in (output, state)]
     ((output * weights[0]).sum() + (state * weights[1]).sum()).backward()
     return {name: x.grad for name, x in leaves.items()}

@@ -1,4 +1,4 @@
-"""The chunked forms on a GPU, against the reference on the CPU."""
+"""Calls on a GPU against the reference on the CPU, and at the sizes of released models against `chunked` in float64."""
 
 from __future__ import annotations
 
@@ -21,9 +21,58 @@ CASES = [
     (ssd, functools.partial(ssd_inputs, lift=2)),
 ]
 
+one_ssd_group = functools.partial(ssd_inputs, batch=1, groups=1)
+merged_gla = functools.partial(gla_inputs, batch=1, heads=1, key_dim=1024, value_dim=2048)
+RELEASED: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] = {
+    "gla merged": (functools.partial(gla, scale=1024**-0.5), merged_gla),
+    "gla merged, channel mixing": (
+        functools.partial(gla, scale=256**-0.5),
+        functools.partial(merged_gla, mixing="channel", blocks=4),
+    ),
+    "gla merged, scalar mixing": (
+        functools.partial(gla, scale=256**-0.5),
+        functools.partial(merged_gla, mixing="scalar", blocks=4),
+    ),
+    "gla lifted": (
+        functools.partial(gla, scale=256**-0.5),
+        functools.partial(gla_inputs, batch=1, heads=4, key_dim=256, value_dim=512, lift=4),
+    ),
+    "ssd": (ssd, functools.partial(one_ssd_group, heads=64, d_state=512, head_dim=64)),
+    "ssd lifted": (ssd, functools.partial(one_ssd_group, heads=64, d_state=128, head_dim=64, lift=4)),
+    "ssd odd heads": (ssd, functools.partial(one_ssd_group, heads=5, d_state=512, head_dim=64)),
+    "ssd wide heads": (ssd, functools.partial(one_ssd_group, heads=16, d_state=512, head_dim=128)),
+}
+"""Expanded layers of GLA-1.3B and Mamba2-1.3B, and the forms of SSD that take other tiles: heads that do not pair up, and heads
+that fill a tile alone."""
 
-def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: x.cuda() for name, x in inputs.items()}
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
+DECAY_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+"""For gradients of what decays are made of: `log_decay`, `dt` and `A`."""
+
+
+def on_gpu(inputs: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    rows = ("q", "k", "v", "x", "B", "C")
+    return {name: x.to("cuda", dtype if name in rows else None) for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("form", RELEASED)
+def test_kernels_keep_their_accuracy_at_the_sizes_of_released_models(form: str, dtype: torch.dtype) -> None:
+    kernel, make = RELEASED[form]
+    inputs = on_gpu(make(1000), dtype)
+    exact = in_float64(inputs)
+    with torch.no_grad():
+        found = dict(zip(("output", "state"), kernel(**inputs, output_final_state=True, backend="triton"), strict=True))
+        expected = dict(zip(("output", "state"), kernel(**exact, output_final_state=True, backend="chunked"), strict=True))
+    found |= {f"gradient of {name}": x for name, x in gradients(kernel, inputs, backend="triton").items()}
+    expected |= {f"gradient of {name}": x for name, x in gradients(kernel, exact, backend="chunked").items()}
+    far = {}
+    for name, x in found.items():
+        decays = name.removeprefix("gradient of ") in ("log_decay", "dt", "A")
+        error = distance(x, expected[name])
+        if not error < (DECAY_TOLERANCES if decays else TOLERANCES)[dtype]:
+            far[name] = error
+    assert not far
 
 
 @pytest.mark.parametrize(("kernel", "make"), CASES)

@@ -158,6 +158,18 @@ def test_a_run_leaves_its_recipe_log_events_and_two_checkpoints(tmp_path: Path, 
     assert "9" in (out / "README.md").read_text()
 
 
+def test_the_log_tells_how_far_what_surgery_added_has_opened(tmp_path: Path, base: Path, text: Path) -> None:
+    lifted = write_lifted(tmp_path / "lifted", base)
+    multipliers = {"new": 10.0}
+    result = run(lifted, text, tmp_path / "out", schedule={"max_steps": 4}, optimizer={"multipliers": multipliers})
+    told = [row["opened"] for row in read_log(result.log)]
+    gamma = tensors(tmp_path / "out")["model.layers.0.mixer.lift_gamma"]
+    assert 0 < told[0] < told[-1]
+    assert told[-1] == pytest.approx(float(gamma.double().square().mean().sqrt()), rel=1e-6)
+    plain = run(base, text, tmp_path / "plain", schedule={"max_steps": 1})
+    assert all("opened" not in row for row in read_log(plain.log))
+
+
 # --- stopping and going on -----------------------------------------------------------------------------------------------
 
 

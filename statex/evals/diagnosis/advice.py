@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoints import open_checkpoint
-from ...errors import PlanError
-from ...surgery.apply import work_out
+from ...surgery.apply import try_layers
 from ...surgery.plan import resolve_plan
 from ..statistics import Difference
 from .findings import gaining_layers
@@ -27,13 +26,8 @@ def advise(
     if len(gaining) < len(lost):
         advice.append("cutting any other layer loses less than half as much as cutting the most important one")
     with open_checkpoint(checkpoint) as files:
-        able = []
-        for layer in gaining:
-            try:
-                work_out(files, resolve_plan(files, operator=operator, factor=factor, layers=[layer]))
-                able.append(layer)
-            except PlanError as error:
-                advice.append(f"layer {layer} is not in the plan: {error.what}")
+        able, unable = try_layers(files, gaining, operator=operator, factor=factor)
+        advice.extend(f"layer {layer} is not in the plan: {error.what}" for layer, error in unable.items())
         if not able:
             return None, advice
-        return resolve_plan(files, operator=operator, factor=factor, layers=able).to_dict(), advice
+        return resolve_plan(files, operator=operator, factor=factor, layers=list(able)).to_dict(), advice

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import EvaluationError
+from ...models.openness import Openness
 from ..result import write_text, writing
 from ..statistics import Difference
 from .memory import LayerMemory
-from .openness import Openness
 
 if TYPE_CHECKING:
     from rich.console import Group

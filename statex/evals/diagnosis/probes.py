@@ -14,7 +14,7 @@ import torch
 from ...errors import EvaluationError
 from ..mqar_rows import draw_row, token_pools
 from ..statistics import Difference, paired_difference
-from ..subject import BATCH_TOKENS, CPU_BATCH_TOKENS, Subject
+from ..subject import Subject
 from ..task import Context
 from ..text import Haystack, start_ids
 
@@ -50,9 +50,7 @@ class Probe:
     @torch.inference_mode()
     def right(self, subject: Subject) -> np.ndarray:
         """Right answers of each row `[N]`, from whole rows: a cut mixer takes no cache. Raises `EvaluationError` on NaN."""
-        length = self.ids.shape[1]
-        tokens = CPU_BATCH_TOKENS if subject.device.type == "cpu" else BATCH_TOKENS
-        at_once = subject.batch_size or max(1, tokens // length)
+        at_once = subject.whole_rows_at_once(self.ids.shape[1], self.keep)
         counts = []
         for start in range(0, len(self.ids), at_once):
             rows = subject.tensor(self.ids[start : start + at_once])

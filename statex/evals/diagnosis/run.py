@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,8 @@ import torch
 from ...checkpoints import open_checkpoint
 from ...errors import EvaluationError
 from ...families.description import LayerDescription
+from ...models.openness import measure_openness
+from ...surgery.apply import try_layers
 from ...surgery.plan import resolve_plan
 from ..passage import PASSAGE
 from ..result import check_folder
@@ -25,7 +27,6 @@ from .advice import advise
 from .attribution import Advance, attribute_heads, attribute_layers, mixers_of
 from .findings import Diagnosis, LayerFinding
 from .memory import LayerMemory, measure_memory
-from .openness import measure_openness
 from .probes import choose_probe
 
 WINDOW = 16
@@ -70,14 +71,18 @@ def diagnose(
     Raises:
         EvaluationError: options out of range, text too short, no tokenizer.
         CheckpointError: the checkpoint cannot be read.
-        PlanError: an operator that the family cannot take.
+        PlanError: an operator that the family cannot take, or that, as asked for, goes on no layer.
     """
     if out is not None:
         check_folder(out)
     _require_positive(window=window, samples=samples)
     with open_checkpoint(checkpoint) as files:
-        # A wrong operator shows before anything is measured.
+        # What is wrong with the plan that was asked for shows before anything is measured.
         resolve_plan(files, operator=operator, factor=factor)
+        if operator is not None or factor is not None:
+            able, unable = try_layers(files, range(len(files.description.layers)), operator=operator, factor=factor)
+            if not able:
+                raise next(iter(unable.values()))
     subject = load_subject(checkpoint, tokenizer=tokenizer, batch_size=batch_size, device=device, dtype=dtype)
     context = Context(subject.tokenizer, Options((), (), (), samples, seed, _paths(data)))
     haystack = context.haystack if data is not None else Haystack(subject.tokenizer, [PASSAGE], "a passage that comes with statex")
@@ -86,6 +91,9 @@ def diagnose(
     with subject.evaluation_mode(), _progress_bar(progress) as advance:
         advance("asking the whole model")
         recalled = choose_probe(probe, subject, context, haystack)
+        if window >= (length := recalled.probe.ids.shape[1]):
+            what = f"a window of {window} tokens cuts nothing from the probe's rows of {length}"
+            raise EvaluationError(what, where="window", fix=f"Give a --window of {WINDOW}, or another well below {length}")
         lost_by_all, lost = attribute_layers(recalled, subject, mixers, window, advance)
         lost_by_head = attribute_heads(recalled, subject, description, window, lost, advance) if heads else {}
         memories: Sequence[LayerMemory | None] = [None] * len(mixers)
@@ -134,20 +142,31 @@ def diagnose(
     return diagnosis
 
 
-def auto_layers(checkpoint: str | Path, **options: Any) -> list[int]:
+def auto_layers(checkpoint: str | Path, *, among: Iterable[int] | None = None, **options: Any) -> list[int]:
     """Layers that would gain from expansion, for `statex expand --layers auto`: recall attribution alone.
 
+    Args:
+        among: name no other layers than these, such as those that can take an operator.
+        options: as `diagnose` takes them.
     Raises:
-        EvaluationError: cutting no layer loses recall, so the measurement names none; and as `diagnose` does.
+        EvaluationError: cutting no layer, or none of those, loses recall, so the measurement names none; and as `diagnose` does.
     """
+    allowed = None if among is None else set(among)
     diagnosis = diagnose(checkpoint, heads=False, states=False, **options)
-    if not diagnosis.gaining_layers:
+    gaining = diagnosis.gaining_layers
+    named = [layer for layer in gaining if allowed is None or layer in allowed]
+    if not named:
+        why = (
+            f"recall rests on layers {', '.join(map(str, gaining))}, which cannot be expanded so"
+            if gaining
+            else diagnosis.advice[0]
+        )
         raise EvaluationError(
-            f"no layer can be chosen: {diagnosis.advice[0]}",
+            f"no layer can be chosen: {why}",
             where=str(checkpoint),
             fix="Name the layers yourself with --layers, or look at `statex diagnose` with another --probe",
         )
-    return diagnosis.gaining_layers
+    return named
 
 
 def _texts(subject: Subject, haystack: Haystack, context: Context) -> torch.Tensor:

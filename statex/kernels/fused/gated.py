@@ -323,7 +323,7 @@ def decay_gradients(
         tl.store(DK_FAR + rows + channels, sums + before[None, :], mask=inside & (ts < BLOCK - 1)[:, None])
         tl.store(DK_FAR + rows, before[None, :] + sums * 0.0, mask=inside & (ts == 0)[:, None])
         before += tl.sum(wrote, 0)
-    tl.debug_barrier()
+    tl.debug_barrier()  # what some threads stored above others load below
     behind = tl.zeros([BK], tl.float32)
     for back in range(0, CHUNK // BLOCK):
         t = c * CHUNK + CHUNK - BLOCK - back * BLOCK + ts

@@ -148,8 +148,8 @@ class Rows:
         width = triton.next_power_of_2(key_dim)
         per_program = min(64, max(1, ELEMENTS // width))
         options: dict[str, object] = {
-            "GROUP": group, "PARTS": self.parts, "LIFT": self.lift, "GATED": self.gamma is not None, "MIXED": self.mixing is not
-            None, "TOKENS": per_program, "BC": width,
+            "GROUP": group, "PARTS": self.parts, "LIFT": self.lift, "GATED": self.gamma is not None,
+            "MIXED": self.mixing is not None, "TOKENS": per_program, "BC": width,
         }  # fmt: skip
         return strides, options, (triton.cdiv(tokens, per_program), batch * rows)
 

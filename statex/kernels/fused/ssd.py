@@ -205,8 +205,8 @@ class _Segment:
     def carry(
         self, rows: Tensor, values: Tensor, weights: Tensor, start: Tensor, states: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """States in front of every chunk and after the last; the last in float32; and energies. See `gla`; backward with
-        `states`."""
+        """States in front of every chunk and after the last; the last in float32; and energies. See `gla`; with `states`,
+        backward in time."""
         s, backward = self.shape, states is not None
         launch = launch_of("carry by head", s.how)
         bk, bv = state_tiles(launch, s.channels, s.values, s.batch * s.groups, s.columns(launch))
@@ -229,8 +229,8 @@ class _Segment:
         self, rows: Tensor, states: Tensor, y: Tensor, scale: Tensor, *, transposed: bool, out: Tensor | None = None,
         partner: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Outputs (transposed: gradients of values) into `out`; and Σ over a head's channels of partner · (rows S_c), `[B, H,
-        t]`."""
+        """Outputs (transposed: gradients of values) into `out`. With `partner`, returns Σ over a head's channels of
+        partner · (rows S_c), `[B, H, t]`."""
         s = self.shape
         launch = launch_of("read by head", s.how)
         bm, bn = min(s.chunk, launch.rows), s.columns(launch)

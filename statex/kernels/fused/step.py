@@ -48,7 +48,7 @@ def step(
     """S <- decay ∘ S + kᵀ (weight v); OUT = scale q S (+ SKIP v), for GROUP queries that read the state.
 
     GLA: DECAY holds decays of key channels. SSD (SCALAR): of a head; WEIGHT is dt, and SHARED heads have one key and query. With
-    LOGARITHM they are logarithms.
+    LOGARITHM decays are given as logarithms.
 
     Grid: (V / BV rounded up, B * heads).
     """

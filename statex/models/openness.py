@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...families import get_family
-from ...families.description import LayerDescription, ModelDescription
-from ...models.components import Mixer
+from ..families import get_family
+from ..families.description import LayerDescription, ModelDescription
+from .components import Mixer
+from .modeling import StatexForCausalLM
 
 STOCK_ROLES = ("embedding", "projection", "conv", "norm", "bias", "decay")
 """Roles of tensors that a stock checkpoint has, too. All others are surgery's."""
@@ -46,6 +47,15 @@ def measure_openness(model: ModelDescription, layer: LayerDescription, mixer: Mi
         rms, largest = float(distance.square().mean().sqrt()), float(distance.abs().max())
         found.append(Openness(spec.name, spec.role, distance.numel(), rms, largest))
     return found
+
+
+def opened(model: StatexForCausalLM) -> float | None:
+    """Root mean square distance of all that surgery added from where it does nothing; None where it added nothing."""
+    description = model.config.description
+    layers = zip(description.layers, model.model.layers, strict=True)
+    found = [one for layer, block in layers for one in measure_openness(description, layer, block.mixer)]
+    numbers = sum(one.numbers for one in found)
+    return (sum(one.numbers * one.rms**2 for one in found) / numbers) ** 0.5 if numbers else None
 
 
 def _neutral(mixer: Mixer) -> dict[str, nn.Parameter]:
