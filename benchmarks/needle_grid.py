@@ -26,6 +26,7 @@ import torch
 from transformers import ByT5Tokenizer
 
 import statex
+from statex.errors import StatexError
 from statex.evals.subject import Subject, load_subject
 from statex.evals.task import Context, Options
 from statex.evals.tasks import TASKS
@@ -117,7 +118,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", help="of random weights")
     parser.add_argument("--out", type=Path, help="CSV to append to")
     arguments = parser.parse_args()
-    subject = subject_of(arguments)
+    if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device; leave out --device")
+    try:
+        subject = subject_of(arguments)
+    except StatexError as error:
+        parser.error(str(error))
     have = list(csv.DictReader(arguments.out.open())) if arguments.out and arguments.out.is_file() else []
     done = {(row["model"], int(row["length"]), int(row["samples"])) for row in have}
     length = 256

@@ -57,7 +57,7 @@ BASES = {
     "gla-books": ROOT / "examples" / "checkpoints" / "gla-books",
 }
 DEFAULT_BASES = ("gla-quickstart", "mamba2-books")
-DEFAULTS = {"screen": ("0", "300"), "confirm": ("0,1,2", "500"), COST: ("0", "100")}
+DEFAULTS = {"screen": ([0], [300]), "confirm": ([0, 1, 2], [500]), COST: ([0], [100])}
 """Seeds and steps of each command."""
 DRY = {
     "window": 256, "text_rows": 8, "mqar_tokens": 64, "max_pairs": 16, "eval_rows": 2, "interim_bytes": 1024, "final_bytes": 2048,
@@ -206,7 +206,7 @@ def answers(device: torch.device) -> bool:
     if device.type == "cuda":
         try:
             torch.cuda.synchronize(device)
-        except Exception:
+        except RuntimeError:
             traceback.print_exc()
             return False
     return True
@@ -231,6 +231,8 @@ def named_bases(named: list[str]) -> dict[str, Base]:
         name, _, folder = entry.partition("=")
         if not folder and name not in BASES:
             raise SystemExit(f"--base {name}: write {name}=FOLDER, or one of {', '.join(BASES)}")
+        if folder and not Path(folder).is_dir():
+            raise SystemExit(f"--base {name}: there is no folder {folder}")
         found[name] = Base(name, Path(folder) if folder else BASES[name])
     return found
 
@@ -238,6 +240,13 @@ def named_bases(named: list[str]) -> dict[str, Base]:
 def numbers(text: str) -> list[int]:
     """`0,1,2`."""
     return [int(part) for part in text.split(",")]
+
+
+def existing(text: str) -> Path:
+    """A file or folder that is there."""
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text} does not exist")
+    return Path(text)
 
 
 def parse() -> argparse.Namespace:
@@ -249,15 +258,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--arms", default="", help="names, patterns or axes of recovery_arms.py, with commas; all but oracles if left out"
     )
-    parser.add_argument("--seeds", help="with commas")
-    parser.add_argument("--steps", help="lengths of the runs, with commas")
+    parser.add_argument("--seeds", type=numbers, help="with commas")
+    parser.add_argument("--steps", type=numbers, help="lengths of the runs, with commas")
     parser.add_argument("--batch", type=float, default=1.0, help="factor on the tokens of a step of the base's training")
     parser.add_argument(
-        "--data", type=Path, default=ASSETS / "books_train.jsonl.gz", help="books to train on, JSONL.gz with a field `text`"
+        "--data", type=existing, default=ASSETS / "books_train.jsonl.gz", help="books to train on, JSONL.gz with a field `text`"
     )
-    parser.add_argument("--test", type=Path, default=ASSETS / "books_test.jsonl.gz", help="held-out books, likewise")
+    parser.add_argument("--test", type=existing, default=ASSETS / "books_test.jsonl.gz", help="held-out books, likewise")
     parser.add_argument(
-        "--reading", type=Path, help="folder of factbook, squad_train and squad_dev (.jsonl.gz): questions on them join every step"
+        "--reading", type=existing, help="folder of factbook, squad_train, squad_dev (.jsonl.gz): their questions join every step"
     )
     parser.add_argument("--devices", default="0", help="GPUs, with commas; one named twice has two processes")
     parser.add_argument("--at-once", type=int, default=4, help="runs of a process that share its device")
@@ -282,8 +291,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     if args.command is None and args.table:
-        wanted = {"base": args.base, "steps": args.steps.split(",") if args.steps else []}
+        wanted = {"base": args.base, "steps": [str(length) for length in args.steps or []]}
         found = [line for line in lines(args.results) if all(not named or line[key] in named for key, named in wanted.items())]
+        if not found:
+            raise SystemExit(f"{args.results} holds no such runs")
         table(found)
         if args.arms:
             draw(found, args.arms.split(","), args.figure)
@@ -297,11 +308,11 @@ def main() -> None:
         work_folder = args.work or folder
         sizes: dict[str, Any] = {}
         if args.dry_run:
-            results, args.steps, args.at_once = folder / "dry.csv", "2", 2
+            results, args.steps, args.at_once = folder / "dry.csv", [2], 2
             sizes = dict(DRY)
         bases = random_bases(folder) if args.dry_run and not args.base else named_bases(args.base)
         seeds, steps = (
-            numbers(given or default) for given, default in zip((args.seeds, args.steps), DEFAULTS[command], strict=True)
+            given or default for given, default in zip((args.seeds, args.steps), DEFAULTS[command], strict=True)
         )
         specs = work_list(bases, [part for part in args.arms.split(",") if part], seeds, steps, args.batch)
         kind = COST if command == COST else RUN

@@ -14,7 +14,7 @@ CHUNKS = (64, 256)
 """Shortest and longest chunk."""
 
 SEGMENT_BYTES = 768 << 20
-"""Scratch of one segment. Segments follow one another; between them only float32 states are kept."""
+"""Scratch of one segment. Segments follow one another; between them float32 states and scores of token pairs are kept."""
 
 SEGMENT_TOKENS = 1 << 15
 """Longest segment: offsets inside a segment stay below 2^31."""
