@@ -311,9 +311,7 @@ def main() -> None:
             results, args.steps, args.at_once = folder / "dry.csv", [2], 2
             sizes = dict(DRY)
         bases = random_bases(folder) if args.dry_run and not args.base else named_bases(args.base)
-        seeds, steps = (
-            given or default for given, default in zip((args.seeds, args.steps), DEFAULTS[command], strict=True)
-        )
+        seeds, steps = (given or default for given, default in zip((args.seeds, args.steps), DEFAULTS[command], strict=True))
         specs = work_list(bases, [part for part in args.arms.split(",") if part], seeds, steps, args.batch)
         kind = COST if command == COST else RUN
         if kind == COST:
