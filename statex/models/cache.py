@@ -32,6 +32,12 @@ class LayerState:
             self.recurrent = change(self.recurrent)
         self.conv = {name: change(state) for name, state in self.conv.items()}
 
+    def copy(self) -> LayerState:
+        """Another holder of the same tensors."""
+        other = LayerState()
+        other.recurrent, other.conv = self.recurrent, dict(self.conv)
+        return other
+
 
 class StatexCache(Cache):
     """One `LayerState` per layer and the number of tokens read, under the interface that `generate` expects of `past_key_values`.
@@ -53,9 +59,11 @@ class StatexCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes that all states take."""
-        return sum(tensor.nbytes for tensor in self._tensors())
+        return sum(tensor.nbytes for tensor in self.tensors)
 
-    def _tensors(self) -> list[Tensor]:
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All states, those of convolutions last."""
         recurrent = [layer.recurrent for layer in self.layers if layer.recurrent is not None]
         return recurrent + [state for layer in self.layers for state in layer.conv.values()]
 
@@ -78,7 +86,7 @@ class StatexCache(Cache):
     def branch(self, indices: Tensor) -> StatexCache:
         """A cache that goes on from the sequences `indices` (repeats allowed); what it reads does not change this one."""
         other = copy.copy(self)
-        other.layers = [copy.copy(layer) for layer in self.layers]
+        other.layers = [layer.copy() for layer in self.layers]
         other.batch_select_indices(indices)
         return other
 
@@ -87,7 +95,7 @@ class StatexCache(Cache):
         if not self.is_initialized:
             self.layers = other.layers
         else:
-            for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
+            for mine, theirs in zip(self.tensors, other.tensors, strict=True):
                 mine[indices.to(mine.device)] = theirs.to(mine.dtype)
         self.tokens_seen = max(self.tokens_seen, other.tokens_seen)
 
@@ -125,7 +133,7 @@ class StatexCache(Cache):
     @property
     def batch_size(self) -> int:
         """Number of sequences held; -1 before the first token."""
-        return next((tensor.shape[0] for tensor in self._tensors()), -1)
+        return next((tensor.shape[0] for tensor in self.tensors), -1)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a recurrent state cannot be rolled back."""

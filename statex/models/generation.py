@@ -51,7 +51,7 @@ def stream_text(
     )
     torch.manual_seed(seed)
     try:
-        ids = model.generate(  # type: ignore[misc]
+        ids = model.generate(
             inputs.input_ids.to(place),
             attention_mask=torch.ones_like(inputs.input_ids, device=place),
             max_new_tokens=max_new_tokens,

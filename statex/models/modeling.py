@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .hgrn import HGRNMixer
 from .loss import next_token_loss
 from .mamba import MambaMixer
 from .mamba2 import Mamba2Mixer
+from .token_graph import CURRENT, TokenGraph, can_capture
 
 MIXERS: dict[str, type[Mixer]] = {
     "gla": GLAMixer,
@@ -252,6 +254,16 @@ class StatexForCausalLM(StatexPreTrainedModel, GenerationMixin):
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = StatexCache(len(self.model.layers))
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. On a GPU one token's forward is captured and replayed as a CUDA graph, unless `disable_compile`."""
+        config = kwargs.get("generation_config") or self.generation_config
+        wanted = not kwargs.get("disable_compile", config.disable_compile) and can_capture(self)
+        token = CURRENT.set(TokenGraph() if wanted else None)
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            CURRENT.reset(token)
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers; keeps the description's vocabulary in step."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
@@ -291,6 +303,11 @@ class StatexForCausalLM(StatexPreTrainedModel, GenerationMixin):
         """
         if use_cache is None and labels is not None:
             use_cache = False
+        if (graph := CURRENT.get()) is not None and input_ids is not None and past_key_values is not None:
+            bare = inputs_embeds is None and labels is None and cu_seqlens is None and not output_hidden_states
+            if bare and input_ids.shape[1] == 1 and past_key_values.is_initialized:
+                logits = graph(partial(self._token_logits, cache=past_key_values), input_ids, past_key_values)
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -313,3 +330,7 @@ class StatexForCausalLM(StatexPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
+
+    def _token_logits(self, input_ids: Tensor, cache: StatexCache) -> Tensor:
+        """Logits behind one token a row, `[B, 1] -> [B, 1, vocabulary]`."""
+        return self.lm_head(self.model(input_ids=input_ids, past_key_values=cache, use_cache=True).last_hidden_state)

@@ -42,8 +42,7 @@ RELEASED: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] = 
     "ssd odd heads": (ssd, functools.partial(one_ssd_group, heads=5, d_state=512, head_dim=64)),
     "ssd wide heads": (ssd, functools.partial(one_ssd_group, heads=16, d_state=512, head_dim=128)),
 }
-"""Expanded layers of GLA-1.3B and Mamba2-1.3B, and the forms of SSD that take other tiles: heads that do not pair up, and heads
-that fill a tile alone."""
+"""Expanded layers of GLA-1.3B and Mamba2-1.3B, and other forms of SSD: an odd number of heads, and wide ones."""
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 DECAY_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}

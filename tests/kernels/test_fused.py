@@ -91,13 +91,20 @@ def test_segments_follow_one_another_exactly(name: str, monkeypatch: pytest.Monk
     assert_gradients_match(kernel, make(130, "mild", batch=1), TOLERANCE)
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_long_chunks_equal_the_reference_whatever_scratch_held_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steep_channels_beside_mild_ones_are_exact() -> None:
+    inputs = gla_inputs(130, "mixed", batch=1, group=2, mixing="channel", lift=2)
+    inputs["log_decay"][..., ::2] *= 1e-3
+    assert_gradients_match(scaled_gla, inputs, TOLERANCE)
+
+
+@pytest.mark.parametrize("form", ["gla plain", "gla all, channel", "ssd one group"])
+def test_long_chunks_equal_the_reference_whatever_scratch_held_before(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, sizes = FORMS[form]
     make_empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *sizes, **options: make_empty(*sizes, **options).fill_(torch.nan))
     monkeypatch.setattr(layout, "CHUNKS", (256, 256))
     kernel, make = KERNELS[name]
-    assert_gradients_match(kernel, make(200, "mixed", batch=1), TOLERANCE)
+    assert_gradients_match(kernel, make(200, "mixed", batch=1, **sizes), TOLERANCE)
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from statex.models import StatexCache, StatexForCausalLM
+from statex.models.token_graph import TokenGraph
 from tests.models.build import DESCRIPTIONS, build, every_model, tokens
 
 TIGHT = {"rtol": 1e-4, "atol": 1e-4}
@@ -169,3 +170,31 @@ def test_a_token_read_with_gradients_leaves_the_graph_of_earlier_tokens_whole(na
 def test_a_mask_of_ones_changes_nothing(name: str) -> None:
     model, ids = build(name), tokens(2, 6)
     assert model(ids, attention_mask=torch.ones_like(ids)).logits.equal(model(ids).logits)
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@every_model
+@torch.no_grad()
+def test_tokens_replayed_as_a_graph_equal_those_run_kernel_by_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = []
+    capture = TokenGraph._capture
+    monkeypatch.setattr(TokenGraph, "_capture", lambda graph, *rest: (capture(graph, *rest), captured.append(graph)))
+    model, (ids, mask) = build(name).cuda(), left_padded(tokens(1, 5).cuda(), 2)
+    options = {"attention_mask": mask, "max_new_tokens": 12, "output_logits": True, "return_dict_in_generate": True}
+    replayed, plain = (generate(model, ids, disable_compile=disabled, **options) for disabled in (False, True))
+    assert len(captured) == 1
+    assert replayed.sequences.equal(plain.sequences)
+    torch.testing.assert_close(replayed.logits, plain.logits, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@torch.no_grad()
+def test_beam_search_on_a_gpu_which_exchanges_states_equals_that_without_graphs() -> None:
+    model, ids = build("gla").cuda(), tokens(2, 5).cuda()
+    options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 12}
+    assert generate(model, ids, **options).equal(generate(model, ids, disable_compile=True, **options))

@@ -44,15 +44,14 @@ def carry_states(
     x_b, x_h, x_g, x_p, x_t, y_b, y_h, y_g, y_t, w_b, w_h, w_n,
     heads, chunks, K, V, part_width, head_dim,
     GROUP: tl.constexpr, CHUNK: tl.constexpr, BY_ROW: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, PAIRED: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """STATES[c] = the state in front of chunk c; S <- decay_c ∘ S + X_cᵀ Y_c. Backward in time: the gradient behind chunk c.
 
     A program keeps one tile of the state in registers over all tokens, so a state is written once a chunk and never read. Decays go
-    by row (GLA: X and Y come ready) or by head (SSD: Y is weighted by W on the way, and a tile lies within one head or, PAIRED, is
-    two whole ones, which share the loads of X). Going backward, ENERGY gets, per chunk and row (column), the sum over the tile of
-    the state OTHER in front of the chunk times its gradient by way of the state behind the chunk: the gradient of the log-decay of
-    the whole chunk.
+    by row (GLA: X and Y come ready) or by head (SSD: Y is weighted by W on the way, and a tile lies within one head). Going
+    backward, ENERGY gets, per chunk and row (column), the sum over the tile of the state OTHER in front of the chunk times its
+    gradient by way of the state behind the chunk: the gradient of the log-decay of the whole chunk.
 
     Grid: (V / BV, K / BK, B * heads).
     """
@@ -72,7 +71,6 @@ def carry_states(
     W += b * w_b + h * w_h + head * w_n
     STATES += z * (chunks + 1) * size + tile
     OTHER += z * (chunks + 1) * size + tile
-    left = vs < (head + 1) * head_dim
     acc = tl.load(START + z * size + tile)
     steps = GROUP * (CHUNK // BLOCK)
     for i in range(0, chunks * steps):
@@ -85,11 +83,7 @@ def carry_states(
             if BY_ROW:
                 acc *= tl.exp2(tl.load(DECAY + (z * chunks + c) * K + ks))[:, None]
             else:
-                decay = DECAY + (z * chunks + c) * (V // head_dim) + head
-                if PAIRED:
-                    acc *= tl.exp2(tl.where(left, tl.load(decay), tl.load(decay + 1)))[None, :]
-                else:
-                    acc *= tl.exp2(tl.load(decay))
+                acc *= tl.exp2(tl.load(DECAY + (z * chunks + c) * (V // head_dim) + head))
             if BACKWARD:
                 product = acc * tl.load(OTHER + c * size).to(tl.float32)
                 if BY_ROW:
@@ -103,10 +97,7 @@ def carry_states(
         x = tl.load(X + g * x_g + t[None, :] * x_t)
         y = tl.load(Y + g * y_g + t[:, None] * y_t)
         if not BY_ROW:
-            w = tl.load(W + t)[:, None]
-            if PAIRED:
-                w = tl.where(left[None, :], w, tl.load(W + w_n + t)[:, None])
-            y = (y * w).to(y.dtype)
+            y = (y * tl.load(W + t)[:, None]).to(y.dtype)
         acc = dot(x, y, acc, PRECISION)
     tl.store(STATES + chunks * size, acc.to(STATES.dtype.element_ty))
     tl.store(END + z * size + tile, acc)
@@ -151,62 +142,19 @@ def add_triangle(
 
 
 @triton.jit
-def write_rows(
-    acc, A, Y, OUT, ROW_SCALE, HI, LO, DT, SKIP, PARTNER, SUMS,
-    b, h, z, query, part, c, t0, n0, y_b, y_h, y_g, y_t, o_b, o_h, o_g, o_t, p_b, p_h, p_t, w_b, w_h, w_n,
-    heads, tokens, head_dim,
-    GROUP: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr, SCALAR: tl.constexpr,
-    HAS_SKIP: tl.constexpr, SUMMED: tl.constexpr, WRITTEN: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """What `read_states` makes of X S_c in BN columns of one head: sums, the part inside the chunk, and what is written."""
-    rows = t0 + tl.arange(0, BM)
-    ns = n0 + tl.arange(0, BN)
-    first = t0 % CHUNK
-    head = n0 // head_dim
-    weights = b * w_b + h * w_h + head * w_n
-    if SCALAR:
-        acc *= tl.load(ROW_SCALE + weights + rows)[:, None]
-    if SUMMED:
-        partner = tl.load(PARTNER + b * p_b + h * p_h + rows[:, None] * p_t + ns[None, :]).to(tl.float32)
-        slot = (n0 % head_dim) // BN
-        slots = slot * (tl.num_programs(2) // heads) * w_b
-        tl.store(SUMS + slots + weights + rows, tl.sum(acc * partner, 1))
-    if WRITTEN:
-        weights += c * CHUNK
-        for other in tl.static_range(GROUP if TRANSPOSED else 1):
-            reader = query + other
-            acc = add_triangle(
-                acc,
-                A + ((z * GROUP + reader) * PARTS + part) * tokens * CHUNK + c * CHUNK * CHUNK,
-                Y + b * y_b + h * y_h + reader * y_g * TRANSPOSED + c * CHUNK * y_t + ns[None, :],
-                HI + weights, LO + weights, DT + weights, y_t, first, CHUNK, BM, TRANSPOSED, SCALAR, PRECISION,
-            )  # fmt: skip
-        if SCALAR:
-            if TRANSPOSED:
-                acc *= tl.load(DT + weights + first + tl.arange(0, BM))[:, None]
-            if HAS_SKIP:
-                own = tl.load(Y + b * y_b + h * y_h + rows[:, None] * y_t + ns[None, :]).to(tl.float32)
-                acc += tl.load(SKIP + h * (w_h // w_n) + head) * own
-        out = OUT + b * o_b + h * o_h + query * o_g + rows[:, None] * o_t + ns[None, :]
-        tl.store(out, acc.to(OUT.dtype.element_ty))
-
-
-@triton.jit
 def read_states(
     X, STATES, A, Y, OUT, ROW_SCALE, HI, LO, DT, SKIP, PARTNER, SUMS,
     x_b, x_h, x_g, x_p, x_t, y_b, y_h, y_g, y_t, o_b, o_h, o_g, o_t, p_b, p_h, p_t, w_b, w_h, w_n,
     heads, tokens, chunks, K, V, part_width, head_dim,
     GROUP: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, TRANSPOSED: tl.constexpr, SCALAR: tl.constexpr,
     HAS_SKIP: tl.constexpr, SUMMED: tl.constexpr, WRITTEN: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PAIRED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """OUT = X S_c + (A causal) Y: outputs from queries and values; with TRANSPOSED, value gradients from keys and output gradients.
 
     Not transposed, programs run over queries of a group; transposed, one program adds up the group. SCALAR (SSD): ROW_SCALE on
     X S_c, decays inside the chunk from HI + LO, SKIP the factor D of the skip connection. SUMMED: SUMS gets the row sums of X S_c
-    times PARTNER, from which decay and step gradients are made; WRITTEN false: nothing else is computed. PAIRED (SSD): the BN
-    columns are two whole heads, so X is loaded once for both and the product is wide; then each goes its own way.
+    times PARTNER, from which decay and step gradients are made; WRITTEN false: nothing else is computed.
 
     Grid: (V / BN, tokens / BM, B * heads * (1 if TRANSPOSED else GROUP)).
     """
@@ -234,22 +182,34 @@ def read_states(
         acc = dot(tl.load(x), tl.load(s), acc, PRECISION)
         x += BK
         s += BK * V
-    if PAIRED:
-        halves = tl.split(tl.permute(tl.reshape(acc, [BM, 2, BN // 2]), [0, 2, 1]))
-        for half in tl.static_range(2):
-            write_rows(
-                halves[half], A, Y, OUT, ROW_SCALE, HI, LO, DT, SKIP, PARTNER, SUMS,
-                b, h, z, g, part, c, t0, n0 + half * (BN // 2),
-                y_b, y_h, y_g, y_t, o_b, o_h, o_g, o_t, p_b, p_h, p_t, w_b, w_h, w_n, heads, tokens, head_dim,
-                GROUP, PARTS, CHUNK, TRANSPOSED, SCALAR, HAS_SKIP, SUMMED, WRITTEN, PRECISION, BM, BN // 2,
+    first = t0 % CHUNK
+    head = n0 // head_dim
+    weights = b * w_b + h * w_h + head * w_n
+    if SCALAR:
+        acc *= tl.load(ROW_SCALE + weights + rows)[:, None]
+    if SUMMED:
+        partner = tl.load(PARTNER + b * p_b + h * p_h + rows[:, None] * p_t + ns[None, :]).to(tl.float32)
+        slot = (n0 % head_dim) // BN
+        slots = slot * (tl.num_programs(2) // heads) * w_b
+        tl.store(SUMS + slots + weights + rows, tl.sum(acc * partner, 1))
+    if WRITTEN:
+        weights += c * CHUNK
+        for other in tl.static_range(GROUP if TRANSPOSED else 1):
+            reader = g + other
+            acc = add_triangle(
+                acc,
+                A + ((z * GROUP + reader) * PARTS + part) * tokens * CHUNK + c * CHUNK * CHUNK,
+                Y + b * y_b + h * y_h + reader * y_g * TRANSPOSED + c * CHUNK * y_t + ns[None, :],
+                HI + weights, LO + weights, DT + weights, y_t, first, CHUNK, BM, TRANSPOSED, SCALAR, PRECISION,
             )  # fmt: skip
-    else:
-        write_rows(
-            acc, A, Y, OUT, ROW_SCALE, HI, LO, DT, SKIP, PARTNER, SUMS,
-            b, h, z, g, part, c, t0, n0,
-            y_b, y_h, y_g, y_t, o_b, o_h, o_g, o_t, p_b, p_h, p_t, w_b, w_h, w_n, heads, tokens, head_dim,
-            GROUP, PARTS, CHUNK, TRANSPOSED, SCALAR, HAS_SKIP, SUMMED, WRITTEN, PRECISION, BM, BN,
-        )  # fmt: skip
+        if SCALAR:
+            if TRANSPOSED:
+                acc *= tl.load(DT + weights + first + tl.arange(0, BM))[:, None]
+            if HAS_SKIP:
+                own = tl.load(Y + b * y_b + h * y_h + rows[:, None] * y_t + ns[None, :]).to(tl.float32)
+                acc += tl.load(SKIP + h * (w_h // w_n) + head) * own
+        out = OUT + b * o_b + h * o_h + g * o_g + rows[:, None] * o_t + ns[None, :]
+        tl.store(out, acc.to(OUT.dtype.element_ty))
 
 
 @triton.jit

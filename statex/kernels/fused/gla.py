@@ -6,22 +6,24 @@ chunks and one float32 state a segment. With bfloat16 inputs products and stored
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..lift import channel_mixing, lift_factor
-from . import blocks, gated
+from . import blocks, gated, steep
 from .layout import (
     BLOCK,
     Operands,
     chunk_length,
     forget_at_borders,
     launch_of,
+    needs_gradient,
     operands,
     pad_to,
     padded,
@@ -33,7 +35,13 @@ from .layout import (
     unit_stride,
     without_padding,
 )
-from .rows import Rows
+from .rows import Rows, roots
+
+STEEP = BLOCK // 2
+"""Channels that a program of `steep` takes at once."""
+
+SPAN = 512
+"""Channels that it looks through for gradients: most find none, and each costs a launch slot."""
 
 
 @torch.compiler.disable
@@ -72,6 +80,7 @@ def gla(
         scale=scale,
         how=how,
         straight=mixing is None and lift_gamma is None and channels == key_dim,
+        differentiable=needs_gradient(q, k, v, log_decay, mixing, lift_gamma, initial_state),
     )
     require_grid(batch * heads * shape.readers)
     whole = pad_to(tokens, shape.chunk)
@@ -107,6 +116,8 @@ class _Shape:
     how: Operands
     straight: bool
     """Keys and queries are used as they come: nothing lifted, mixed or padded."""
+    differentiable: bool
+    """A backward pass may follow."""
 
     @property
     def readers(self) -> int:
@@ -122,8 +133,8 @@ class _Shape:
 
     def segments(self, tokens: int) -> list[tuple[int, int]]:
         size = self.how.dtype.itemsize
-        rows = self.channels * ((1 + self.readers) * (3 * size + 4) + 8)
-        states = 2 * size * self.channels * self.values // self.chunk
+        rows = self.channels * ((1 + self.readers) * ((2 if self.straight else 3) * size + 4) + 8)
+        states = size * self.channels * self.values // self.chunk
         return segments(tokens, self.chunk, self.batch * self.heads * (rows + states + 2 * size * self.readers * self.chunk))
 
 
@@ -135,36 +146,50 @@ class _Segment:
         self.shape, self.q, self.k, self.v, self.g = shape, q, k, v, g
         self.tokens = q.shape[1]
         self.chunks = self.tokens // shape.chunk
-        s, dtype = shape, shape.how.dtype
+        s = shape
         self.query_rows = Rows(s.heads, s.lift, s.channels, gamma, mixing)
         self.key_rows = Rows(s.heads, s.lift, s.channels, None, None)
-        if s.straight:
-            self.queries, self.keys = q.unflatten(2, (s.heads, -1)).movedim(1, 3), k.unsqueeze(3).movedim(1, 3)
-        else:
-            self.queries, self.keys = self.query_rows.make(q, dtype), self.key_rows.make(k, dtype)
-        self.q_near = self.scratch(s.readers, self.tokens, s.channels)
-        self.k_near = self.scratch(1, self.tokens, s.channels)
+        self.roots = (roots(q), roots(k)) if s.lift > 1 else (q, k)
+        # Kernels leave padded channels as they are; products take them in.
+        new = torch.zeros if s.channels > s.state_dim else torch.empty
+        self.q_near = self.scratch(s.readers, self.tokens, s.channels, new=new)
+        self.k_near = self.scratch(1, self.tokens, s.channels, new=new)
         same = s.chunk == BLOCK
-        self.q_far = self.q_near if same else torch.empty_like(self.q_near)
-        self.k_far = self.k_near if same else torch.empty_like(self.k_near)
-        self.block_decay = self.scratch(self.tokens // BLOCK, s.channels, dtype=torch.float32)
-        self.chunk_decay = self.scratch(self.chunks, s.channels, dtype=torch.float32)
-        gated.decay_rows[(s.channels // BLOCK, self.chunks, s.batch * s.heads)](
-            self.queries, self.keys, g, self.q_near, self.q_far, self.k_near, self.k_far, self.block_decay, self.chunk_decay,
-            *self.row_arguments, READERS=s.readers, CHUNK=s.chunk, BK=BLOCK, **launch_of("rows", s.how).options(BLOCK, BLOCK),
+        self.q_far = self.q_near if same else self.scratch(s.readers, self.tokens, s.channels, new=new)
+        self.k_far = self.k_near if same else self.scratch(1, self.tokens, s.channels, new=new)
+        self.block_decay = self.scratch(self.tokens // BLOCK, s.channels, dtype=torch.float32, new=new)
+        self.chunk_decay = self.scratch(self.chunks, s.channels, dtype=torch.float32, new=new)
+        launch = launch_of("rows" if s.lift == 1 else "lifted rows", s.how)
+        gated.decay_rows[(-(-s.key_dim // launch.columns), self.chunks, s.batch * s.heads)](
+            *self.inputs, self.q_near, self.q_far, self.k_near, self.k_far, self.block_decay, self.chunk_decay,
+            *self.sizes, **self.forms, BK=launch.columns, **launch.options(launch.rows, launch.columns),
         )  # fmt: skip
 
-    def scratch(self, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Uninitialised `[B, heads, *sizes]`."""
+    def scratch(self, *sizes: int, dtype: torch.dtype | None = None, new: Callable[..., Tensor] = torch.empty) -> Tensor:
+        """`[B, heads, *sizes]`, uninitialised unless `new` says otherwise."""
         s = self.shape
-        return torch.empty(s.batch, s.heads, *sizes, dtype=dtype or s.how.dtype, device=self.q.device)
+        return new(s.batch, s.heads, *sizes, dtype=dtype or s.how.dtype, device=self.q.device)
 
     @property
-    def row_arguments(self) -> tuple[Any, ...]:
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the kernels of `gated` make rows of; they do not look at what a form lacks."""
+        gamma, mixing = (self.q if extra is None else extra for extra in (self.query_rows.gamma, self.query_rows.mixing))
+        return self.q, self.k, self.g, *self.roots, gamma, mixing
+
+    @property
+    def sizes(self) -> tuple[Any, ...]:
         """Strides of queries, keys and log-decays, and sizes, as the kernels of `gated` take them."""
-        s, q, k, g = self.shape, self.queries, self.keys, self.g
-        strides = (*q.stride()[:4], k.stride(0), k.stride(1), k.stride(3), g.stride(0), g.stride(2), g.stride(1))
-        return (*strides, s.heads, self.tokens, s.channels, s.key_dim, s.state_dim, s.scale)
+        s, q, k, g = self.shape, self.q, self.k, self.g
+        queries = (q.stride(0), s.group * q.stride(2), q.stride(2), q.stride(1))
+        others = (x.stride(dim) for x in (k, g) for dim in (0, 2, 1))
+        return (*queries, *others, s.heads, self.tokens, s.channels, s.key_dim, s.state_dim, s.scale)
+
+    @property
+    def forms(self) -> dict[str, Any]:
+        """What the kernels of `gated` are compiled for."""
+        s, rows = self.shape, self.query_rows
+        gates = {"GATED": rows.gamma is not None, "MIXED": rows.mixing is not None}
+        return {"GROUP": s.group, "PARTS": s.parts, "LIFT": s.lift, **gates, "CHUNK": s.chunk}
 
     @property
     def pairs(self) -> int:
@@ -174,10 +199,14 @@ class _Segment:
         """Decayed scores `[B, heads, readers, t, chunk]`, written for blocks on and below the diagonal."""
         s = self.shape
         out = self.scratch(s.readers, self.tokens, s.chunk)
+        launch = launch_of("scores", s.how)
         gated.scores[(self.pairs, self.chunks, s.batch * s.heads * s.readers)](
-            self.queries, self.keys, self.g, self.q_near, self.k_near, self.block_decay, out, *self.row_arguments,
-            READERS=s.readers, CHUNK=s.chunk, PRECISION=s.how.precision, BK=BLOCK,
-            **launch_of("scores", s.how).options(BLOCK, BLOCK),
+            self.q_near, self.k_near, self.block_decay, out, self.tokens, s.channels,
+            READERS=s.readers, CHUNK=s.chunk, PRECISION=s.how.precision, BK=BLOCK, **launch.options(BLOCK, BLOCK),
+        )  # fmt: skip
+        steep.add_scores[(self.tokens // BLOCK, s.batch * s.heads * s.readers)](
+            *self.inputs, self.block_decay, out, *self.sizes, **self.forms, PRECISION=s.how.precision, BK=STEEP,
+            WIDTH=triton.next_power_of_2(s.channels),
         )  # fmt: skip
         return out
 
@@ -204,7 +233,7 @@ class _Segment:
             x, y, end, self.chunk_decay, start, carried, end, carried if states is None else states, energy,
             *x_strides, *y_strides, 0, 0, 0, s.heads, self.chunks, s.channels, s.values, s.part_width, 1,
             GROUP=group, CHUNK=s.chunk, BY_ROW=True, BACKWARD=backward, PRECISION=s.how.precision, BK=bk, BV=bv,
-            PAIRED=False, **launch.options(bk, bv),
+            **launch.options(bk, bv),
         )  # fmt: skip
         return carried, end, energy
 
@@ -223,7 +252,7 @@ class _Segment:
             out.stride(0), o_heads * out.stride(2), out.stride(2), out.stride(1), 0, 0, 0, 0, 0, 0,
             s.heads, self.tokens, self.chunks, s.channels, s.values, s.part_width, s.values,
             GROUP=s.group, PARTS=s.parts, CHUNK=s.chunk, TRANSPOSED=transposed, SCALAR=False, HAS_SKIP=False, SUMMED=False,
-            WRITTEN=True, PRECISION=s.how.precision, BM=bm, BN=bn, BK=BLOCK, PAIRED=False, **launch.options(bm, bn),
+            WRITTEN=True, PRECISION=s.how.precision, BM=bm, BN=bn, BK=BLOCK, **launch.options(bm, bn),
         )  # fmt: skip
 
     def project(self, x: Tensor, states: Tensor, group: int, parts: int) -> Tensor:
@@ -257,12 +286,16 @@ class _Segment:
         """Writes gradients of queries and keys `[B, heads, readers, t, K]` and returns those of log-decay sums, float32."""
         s = self.shape
         db = self.scratch(self.tokens, s.channels, dtype=torch.float32)
-        strides = (*self.row_arguments[:10], *dq.stride()[:4], dk.stride(0), dk.stride(1), dk.stride(3))
-        gated.row_gradients[(s.channels // BLOCK, self.tokens // BLOCK, s.batch * s.heads)](
-            self.queries, self.keys, self.g, self.q_near, self.q_far, self.k_near, self.block_decay, da, dq_far, dk_far, dq,
-            dk, db, *strides, *self.row_arguments[10:],
-            READERS=s.readers, CHUNK=s.chunk, PRECISION=s.how.precision, BK=BLOCK,
-            **launch_of("row gradients", s.how).options(BLOCK, BLOCK),
+        launch = launch_of("row gradients", s.how)
+        strides = (*dq.stride()[:4], dk.stride(0), dk.stride(1), dk.stride(3))
+        gated.row_gradients[(s.channels // launch.columns, self.tokens // BLOCK, s.batch * s.heads)](
+            self.g, self.q_near, self.k_near, self.block_decay, da, dq_far, dk_far, dq, dk, db, *self.sizes[7:10], *strides,
+            *self.sizes[10:], READERS=s.readers, CHUNK=s.chunk, PRECISION=s.how.precision, BK=launch.columns,
+            **launch.options(launch.rows, launch.columns),
+        )  # fmt: skip
+        steep.add_gradients[(-(-s.channels // SPAN), self.tokens // BLOCK, s.batch * s.heads)](
+            *self.inputs, self.block_decay, da, dq, dk, db, *self.sizes, *strides, **self.forms, PRECISION=s.how.precision,
+            BK=STEEP, SPAN=SPAN,
         )  # fmt: skip
         return db
 
@@ -285,9 +318,10 @@ class _GLA(torch.autograd.Function):
         for start, end in shape.segments(q.shape[1]):
             segment = _Segment(shape, (x[:, start:end] for x in (q, k, v, log_decay)), gamma, mixing)
             scores = segment.scores()
-            kept += [state, scores]
             states, state, _ = segment.carry(state)
             segment.read(segment.q_far, states, scores, segment.v, o[:, start:end], transposed=False)
+            if shape.differentiable:
+                kept += [states, scores]
         ctx.save_for_backward(q, k, v, log_decay, mixing, gamma, *kept)
         ctx.shape = shape
         return o, state
@@ -302,19 +336,18 @@ class _GLA(torch.autograd.Function):
         dq, dk, dv, dg = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, log_decay))
         dgamma = None if gamma is None else torch.zeros_like(gamma, dtype=torch.float32)
         dmixing = None if mixing is None else torch.zeros_like(mixing, dtype=torch.float32)
-        for (start, end), state, scores in reversed(list(zip(shape.segments(q.shape[1]), kept[::2], kept[1::2], strict=True))):
+        for (start, end), states, scores in reversed(list(zip(shape.segments(q.shape[1]), kept[::2], kept[1::2], strict=True))):
             segment = _Segment(shape, (x[:, start:end] for x in (q, k, v, log_decay)), gamma, mixing)
             part = do[:, start:end]
-            states, _, _ = segment.carry(state)
             dstates, dstate, energy = segment.carry(dstate, part, states)
             segment.read(segment.k_far, dstates, scores, part, dv[:, start:end], transposed=True)
             dq_far, dk_far = segment.project(part, states, shape.group, shape.parts), segment.project(segment.v, dstates, 1, 1)
-            del states, dstates
+            del dstates
             dq_part, dk_part = dq[:, start:end], dk[:, start:end]
             if shape.straight:
                 dq_rows, dk_rows = dq_part.unflatten(2, (shape.heads, -1)).movedim(1, 3), dk_part.unsqueeze(3).movedim(1, 3)
             else:
-                dq_rows, dk_rows = torch.empty_like(dq_far), torch.empty_like(dk_far)
+                dq_rows, dk_rows = (torch.empty_like(far, dtype=shape.how.dtype) for far in (dq_far, dk_far))
             db = segment.row_gradients(segment.score_gradients(part), dq_far, dk_far, dq_rows, dk_rows)
             segment.decay_gradients(db, dk_far, energy, dg[:, start:end])
             if not shape.straight:

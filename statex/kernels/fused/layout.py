@@ -51,15 +51,16 @@ class Launch:
 
 LAUNCHES = {
     "carry": Launch(128, 128, 8, 4),
-    "carry by head": Launch(128, 128, 8, 3),
+    "carry by head": Launch(128, 64, 4, 3),
     "read": Launch(128, 256, 8, 3),
-    "read by head": Launch(128, 128, 8, 3),
+    "read by head": Launch(64, 64, 4, 3),
     "project": Launch(128, 256, 8, 3),
     "pairs": Launch(64, 64, 4, 3),
-    "block gradients": Launch(64, 64, 8, 2),
-    "pair gradients": Launch(64, 64, 8, 3),
+    "block gradients": Launch(64, 64, 4, 3),
+    "pair gradients": Launch(64, 64, 4, 3),
     "scores": Launch(64, 64, 4, 2),
     "rows": Launch(64, 64, 4, 2),
+    "lifted rows": Launch(64, 32, 4, 2),
     "row gradients": Launch(64, 64, 4, 2),
 }
 """For bfloat16. Nothing is tuned at run time, so that the first step comes soon. Compilers have been wrong at single tile sizes:
@@ -96,6 +97,11 @@ def operands(*tensors: Tensor) -> Operands:
     return Operands(torch.float32, "tf32x3")
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may follow a call with these inputs, so that what it needs is kept."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def pad_to(size: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `size`."""
     return -(-size // multiple) * multiple
@@ -127,8 +133,9 @@ def unit_stride(x: Tensor) -> Tensor:
 
 
 def chunk_length(tokens: int, key_dim: int, value_dim: int, wide: bool) -> int:
-    """Tokens in a chunk: state traffic hides under the matrix products from K·V / (K + V) / 2 on; float32 states weigh twice."""
-    balanced = key_dim * value_dim // (2 * (key_dim + value_dim)) * (2 if wide else 1)
+    """Tokens in a chunk: K·V / (K + V); with fewer the traffic of states grows faster than the work inside chunks shrinks. float32
+    states weigh twice."""
+    balanced = key_dim * value_dim // (key_dim + value_dim) * (2 if wide else 1)
     length = min(max(1 << max(balanced - 1, 0).bit_length(), CHUNKS[0]), CHUNKS[1])
     while length > CHUNKS[0] and length // 2 >= tokens:
         length //= 2

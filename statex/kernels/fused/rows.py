@@ -1,7 +1,8 @@
 """Keys and queries that carry more than their own channels: lifted (products of channels) and mixed (one query per value block).
 
-The rows are made here, segment by segment, in the dtype of the matrix products, and taken apart again in the backward pass; they
-are never part of a training graph. x is one row of K channels, psi_r(x)_c = x_c x_{c-r} / rms(x).
+SSD's rows are made here, segment by segment, in the dtype of the matrix products; GLA's are made where they are decayed, in
+`gated.decay_rows`. Both are taken apart here in the backward pass, and never part of a training graph. x is one row of K channels,
+psi_r(x)_c = x_c x_{c-r} / rms(x).
 """
 
 from __future__ import annotations
@@ -14,26 +15,37 @@ from torch import Tensor
 from ..lift import FLOOR
 from .blocks import constant
 
-ELEMENTS = 4096
+ELEMENTS = 2048
 """Numbers of x in a program: tokens times channels."""
 _FLOOR = constant(FLOOR)
 
 
 @triton.jit
-def load_rows(X, ts, cs, x_t, K, inside):
-    """Rows `[TOKENS, BC]` rolled so that channel c holds x_{cs mod K}, float32."""
-    return tl.load(X + ts[:, None] * x_t + ((cs + K) % K)[None, :], mask=inside, other=0.0).to(tl.float32)
+def load_rows(X, ts, cs, x_t, inside):
+    """Rows `[TOKENS, BC]` whose channel c holds x_{cs}, float32."""
+    return tl.load(X + ts[:, None] * x_t + cs[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def back(cs, r, K):
+    """(cs - r) mod K of channels in [0, K), without the remainder that a GPU takes 20 instructions for."""
+    return tl.where(cs < r, cs - r + K, cs - r)
+
+
+@triton.jit
+def ahead(cs, r, K):
+    """(cs + r) mod K of channels in [0, K)."""
+    return tl.where(cs + r < K, cs + r, cs + r - K)
 
 
 @triton.jit
 def make_rows(
-    X, GAMMA, MIXING, OUT, x_b, x_h, x_g, x_t, heads, tokens, K, channels,
-    GROUP: tl.constexpr, PARTS: tl.constexpr, LIFT: tl.constexpr, GATED: tl.constexpr, MIXED: tl.constexpr,
-    TOKENS: tl.constexpr, BC: tl.constexpr,
+    X, GAMMA, OUT, x_b, x_h, x_g, x_t, heads, tokens, K, channels,
+    GROUP: tl.constexpr, LIFT: tl.constexpr, GATED: tl.constexpr, TOKENS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """OUT[reader (g, j), part r] = M_j ∘ γ_r ∘ psi_r(x), with psi_0(x) = x and γ_0 = 1.
+    """OUT, part r = γ_r ∘ psi_r(x), with psi_0(x) = x and γ_0 = 1.
 
-    Grid: (tokens / TOKENS, B * heads * GROUP); OUT is `[B, heads, GROUP * PARTS, tokens, channels]`, zero beyond LIFT * K.
+    Grid: (tokens / TOKENS, B * heads * GROUP); OUT is `[B, heads, GROUP, tokens, channels]`, zero beyond LIFT * K.
     """
     z = tl.program_id(1).to(tl.int64)
     g = z % GROUP
@@ -42,30 +54,25 @@ def make_rows(
     cs = tl.arange(0, BC)
     inside = (ts < tokens)[:, None] & (cs < K)[None, :]
     X += (z // GROUP // heads) * x_b + h * x_h + g * x_g
-    x = load_rows(X, ts, cs, x_t, K, inside)
+    x = load_rows(X, ts, cs, x_t, inside)
     root = tl.rsqrt(tl.sum(x * x, 1) / K + _FLOOR)[:, None]
     for r in tl.static_range(LIFT):
         row = x
         if r > 0:
-            row = x * load_rows(X, ts, cs - r, x_t, K, inside) * root
+            row = x * load_rows(X, ts, back(cs, r, K), x_t, inside) * root
             if GATED:
                 row *= tl.load(GAMMA + ((h * GROUP + g) * (LIFT - 1) + r - 1) * K + cs, mask=cs < K, other=0.0)[None, :]
-        for j in tl.static_range(PARTS):
-            out = row
-            if MIXED:
-                out = row * tl.load(MIXING + (h * K + cs) * PARTS + j, mask=cs < K, other=0.0)[None, :]
-            places = ((z * PARTS + j) * tokens + ts)[:, None] * channels + (r * K + cs)[None, :]
-            tl.store(OUT + places, out.to(OUT.dtype.element_ty), mask=inside)
+        places = (z * tokens + ts)[:, None] * channels + (r * K + cs)[None, :]
+        tl.store(OUT + places, row.to(OUT.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def row_gradient(DOUT, MIXING, z, h, ts, cs, tokens, K, channels, r, inside, PARTS: tl.constexpr, MIXED: tl.constexpr):
-    """Gradient of part r of the lifted row at channels cs mod K, summed over the readers that mixing made of it."""
-    cs = (cs + K) % K
+    """Gradient of part r of the lifted row at channels cs, summed over the readers that mixing made of it."""
     total = tl.zeros(inside.shape, tl.float32)
     for j in tl.static_range(PARTS):
         places = ((z * PARTS + j) * tokens + ts)[:, None] * channels + (r * K + cs)[None, :]
-        part = tl.load(DOUT + places, mask=inside, other=0.0)
+        part = tl.load(DOUT + places, mask=inside, other=0.0).to(tl.float32)
         if MIXED:
             part *= tl.load(MIXING + (h * K + cs) * PARTS + j)[None, :]
         total += part
@@ -78,7 +85,9 @@ def take_rows_apart(
     GROUP: tl.constexpr, PARTS: tl.constexpr, LIFT: tl.constexpr, GATED: tl.constexpr, MIXED: tl.constexpr,
     TOKENS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """The backward of `make_rows`. DGAMMA and DMIXING are sums over the program's tokens, `[programs, ...]` with the program's row.
+    """The gradient of x from those of M_j ∘ γ_r ∘ psi_r(x), all parts r and readers j.
+
+    DGAMMA and DMIXING are sums over the program's tokens, `[programs, ...]` with the program's row.
 
     Grid: (tokens / TOKENS, B * heads * GROUP).
     """
@@ -90,27 +99,28 @@ def take_rows_apart(
     valid = cs < K
     inside = (ts < tokens)[:, None] & valid[None, :]
     X += (z // GROUP // heads) * x_b + h * x_h + g * x_g
-    x = load_rows(X, ts, cs, x_t, K, inside)
+    x = load_rows(X, ts, cs, x_t, inside)
     root = tl.rsqrt(tl.sum(x * x, 1) / K + _FLOOR)[:, None]
     dx = row_gradient(DOUT, MIXING, z, h, ts, cs, tokens, K, channels, 0, inside, PARTS, MIXED)
     through_root = tl.zeros([TOKENS], tl.float32)
     program = (z * tl.num_programs(0) + tl.program_id(0)) * K
     for r in tl.static_range(1, LIFT):
+        following = ahead(cs, r, K)
         gamma = valid * 1.0
         gamma_after = valid * 1.0
         if GATED:
             gate = GAMMA + ((h * GROUP + g) * (LIFT - 1) + r - 1) * K
             gamma = tl.load(gate + cs, mask=valid, other=0.0)
-            gamma_after = tl.load(gate + (cs + r) % K, mask=valid, other=0.0)
-        rolled = load_rows(X, ts, cs - r, x_t, K, inside)
+            gamma_after = tl.load(gate + following, mask=valid, other=0.0)
+        rolled = load_rows(X, ts, back(cs, r, K), x_t, inside)
         dpart = row_gradient(DOUT, MIXING, z, h, ts, cs, tokens, K, channels, r, inside, PARTS, MIXED)
         product = x * rolled * dpart
         if GATED:
             tl.store(DGAMMA + program * (LIFT - 1) + (r - 1) * K + cs, tl.sum(product * root, 0), mask=valid)
         through_root += tl.sum(product * gamma[None, :], 1)
-        dpart_after = row_gradient(DOUT, MIXING, z, h, ts, cs + r, tokens, K, channels, r, inside, PARTS, MIXED)
-        following = load_rows(X, ts, cs + r, x_t, K, inside)
-        dx += root * (dpart * gamma[None, :] * rolled + dpart_after * gamma_after[None, :] * following)
+        dpart_after = row_gradient(DOUT, MIXING, z, h, ts, following, tokens, K, channels, r, inside, PARTS, MIXED)
+        x_after = load_rows(X, ts, following, x_t, inside)
+        dx += root * (dpart * gamma[None, :] * rolled + dpart_after * gamma_after[None, :] * x_after)
     dx -= x * root * root * root * (through_root / K)[:, None]
     if MIXED:
         for j in tl.static_range(PARTS):
@@ -118,14 +128,20 @@ def take_rows_apart(
             for r in tl.static_range(LIFT):
                 row = x
                 if r > 0:
-                    row = x * load_rows(X, ts, cs - r, x_t, K, inside) * root
+                    row = x * load_rows(X, ts, back(cs, r, K), x_t, inside) * root
                     if GATED:
                         row *= tl.load(GAMMA + ((h * GROUP + g) * (LIFT - 1) + r - 1) * K + cs, mask=valid, other=0.0)[None, :]
                 places = ((z * PARTS + j) * tokens + ts)[:, None] * channels + (r * K + cs)[None, :]
-                total += tl.sum(row * tl.load(DOUT + places, mask=inside, other=0.0), 0)
+                total += tl.sum(row * tl.load(DOUT + places, mask=inside, other=0.0).to(tl.float32), 0)
             tl.store(DMIXING + program * PARTS + cs * PARTS + j, total, mask=valid)
     out = DX + (z // GROUP // heads) * d_b + h * d_h + g * d_g + ts[:, None] * d_t + cs[None, :]
     tl.store(out, dx.to(DX.dtype.element_ty), mask=inside)
+
+
+def roots(x: Tensor) -> Tensor:
+    """1 / rms(x), with FLOOR under the root: `[B, t, rows]`, float32, from `[B, t, rows, K]`."""
+    norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+    return torch.rsqrt(norms.square() / x.shape[-1] + FLOOR).contiguous()
 
 
 class Rows:
@@ -148,20 +164,18 @@ class Rows:
         width = triton.next_power_of_2(key_dim)
         per_program = min(64, max(1, ELEMENTS // width))
         options: dict[str, object] = {
-            "GROUP": group, "PARTS": self.parts, "LIFT": self.lift, "GATED": self.gamma is not None,
-            "MIXED": self.mixing is not None, "TOKENS": per_program, "BC": width,
+            "GROUP": group, "LIFT": self.lift, "GATED": self.gamma is not None, "TOKENS": per_program, "BC": width,
         }  # fmt: skip
         return strides, options, (triton.cdiv(tokens, per_program), batch * rows)
 
     def make(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows `[B, heads, group * parts, t, channels]`."""
+        """Rows `[B, heads, group, t, channels]`, not mixed."""
         batch, tokens, rows, key_dim = x.shape
         strides, options, grid = self._arguments(x)
-        readers = rows // self.heads * self.parts
         fill = torch.zeros if self.channels > self.lift * key_dim else torch.empty
-        out = fill(batch, self.heads, readers, tokens, self.channels, dtype=dtype, device=x.device)
-        gamma, mixing = (x if extra is None else extra for extra in (self.gamma, self.mixing))
-        make_rows[grid](x, gamma, mixing, out, *strides, self.heads, tokens, key_dim, self.channels, **options)
+        out = fill(batch, self.heads, rows // self.heads, tokens, self.channels, dtype=dtype, device=x.device)
+        gamma = x if self.gamma is None else self.gamma
+        make_rows[grid](x, gamma, out, *strides, self.heads, tokens, key_dim, self.channels, **options)
         return out
 
     def take_apart(self, x: Tensor, dout: Tensor, dx: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -178,7 +192,7 @@ class Rows:
         gamma, mixing = (x if extra is None else extra for extra in (self.gamma, self.mixing))
         take_rows_apart[grid](
             x, gamma, mixing, dout, dx, dgamma, dmixing, *strides, dx.stride(0), group * dx.stride(2), dx.stride(2), dx.stride(1),
-            self.heads, tokens, key_dim, self.channels, **options,
+            self.heads, tokens, key_dim, self.channels, PARTS=self.parts, MIXED=self.mixing is not None, **options,
         )  # fmt: skip
         return (
             None if self.gamma is None else dgamma.sum((0, 2)),

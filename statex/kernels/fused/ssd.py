@@ -19,11 +19,11 @@ from ..lift import lift_factor
 from . import blocks, by_head
 from .layout import (
     BLOCK,
-    Launch,
     Operands,
     chunk_length,
     forget_at_borders,
     launch_of,
+    needs_gradient,
     operands,
     pad_to,
     padded,
@@ -76,6 +76,7 @@ def ssd(
         chunk=chunk_length(tokens, channels, heads // groups * width, how.dtype == torch.float32),
         how=how,
         straight=lift_gamma is None and channels == d_state,
+        differentiable=needs_gradient(x, dt, A, B, C, D, lift_gamma, log_decay, initial_state),
     )
     require_grid(batch * groups)
     whole = pad_to(tokens, shape.chunk)
@@ -120,21 +121,17 @@ class _Shape:
     how: Operands
     straight: bool
     """B and C are used as they come."""
+    differentiable: bool
+    """A backward pass may follow."""
 
     @property
     def values(self) -> int:
         """Values of all heads of a group."""
         return self.heads * self.head_dim
 
-    def columns(self, launch: Launch) -> int:
-        """Values that a program takes at once: two heads, which share keys and queries, where they pair up and fit."""
-        if self.heads % 2 == 0 and 2 * self.head_dim <= launch.columns:
-            return 2 * self.head_dim
-        return tile(self.head_dim, launch.columns, 128, 64, 32)
-
     def segments(self, tokens: int) -> list[tuple[int, int]]:
         size = self.how.dtype.itemsize
-        states = 2 * size * self.channels * self.values // self.chunk
+        states = size * self.channels * self.values // self.chunk
         rows = self.channels * (2 * size + 8) + 2 * size * self.chunk
         steps = 4 * self.heads * (12 + 2 * self.chunk // BLOCK)
         return segments(tokens, self.chunk, self.batch * self.groups * (rows + states + steps))
@@ -209,7 +206,7 @@ class _Segment:
         backward in time."""
         s, backward = self.shape, states is not None
         launch = launch_of("carry by head", s.how)
-        bk, bv = state_tiles(launch, s.channels, s.values, s.batch * s.groups, s.columns(launch))
+        bk, bv = state_tiles(launch, s.channels, s.values, s.batch * s.groups, s.head_dim)
         carried, end = self.scratch(self.chunks + 1, s.channels, s.values), torch.empty_like(start)
         grid = (s.values // bv, s.channels // bk, s.batch * s.groups)
         energy = end
@@ -221,7 +218,7 @@ class _Segment:
             rows, values, weights, self.chunk_decay, start, carried, end, carried if states is None else states, energy,
             *x_strides, y_b, y_h, 0, y_t, *self.step_strides, s.groups, self.chunks, s.channels, s.values, s.values, s.head_dim,
             GROUP=1, CHUNK=s.chunk, BY_ROW=False, BACKWARD=backward, PRECISION=s.how.precision, BK=bk, BV=bv,
-            PAIRED=bv > s.head_dim, **launch.options(bk, bv),
+            **launch.options(bk, bv),
         )  # fmt: skip
         return carried, end, energy
 
@@ -233,7 +230,7 @@ class _Segment:
         partner · (rows S_c), `[B, H, t]`."""
         s = self.shape
         launch = launch_of("read by head", s.how)
-        bm, bn = min(s.chunk, launch.rows), s.columns(launch)
+        bm, bn = min(s.chunk, launch.rows), tile(s.head_dim, launch.columns, 128, 64, 32)
         sums = y if partner is None else self.per_step(max(s.head_dim // bn, 1))
         partner_strides = (0, 0, 0) if partner is None else self.column_strides(partner)
         y_b, y_h, y_t = self.column_strides(y)
@@ -244,8 +241,8 @@ class _Segment:
             rows.stride(0), rows.stride(1), 0, 0, rows.stride(3), y_b, y_h, 0, y_t, o_b, o_h, 0, o_t, *partner_strides,
             *self.step_strides, s.groups, self.tokens, self.chunks, s.channels, s.values, s.values, s.head_dim,
             GROUP=1, PARTS=1, CHUNK=s.chunk, TRANSPOSED=transposed, SCALAR=True, HAS_SKIP=self.D is not None,
-            SUMMED=partner is not None, WRITTEN=out is not None, PRECISION=s.how.precision, BM=bm, BN=bn, BK=BLOCK,
-            PAIRED=bn > s.head_dim, **launch.options(bm, bn),
+            SUMMED=partner is not None, WRITTEN=out is not None, PRECISION=s.how.precision, BM=bm, BN=bn,
+            BK=BLOCK, **launch.options(bm, bn),
         )  # fmt: skip
         return sums.sum(0) if partner is not None and len(sums) > 1 else sums[0]
 
@@ -308,9 +305,10 @@ class _SSD(torch.autograd.Function):
         kept: list[Tensor] = []
         for start, end in shape.segments(x.shape[1]):
             segment = _Segment(shape, (u[:, start:end] for u in (x, dt, log_decay, B, C)), D, gamma)
-            kept += [state, segment.scores]
             states, state, _ = segment.carry(segment.keys, segment.x, segment.writing, state)
             segment.read(segment.queries, states, segment.x, segment.reading, transposed=False, out=y[:, start:end])
+            if shape.differentiable:
+                kept += [states, segment.scores]
         ctx.save_for_backward(x, dt, log_decay, B, C, D, gamma, *kept)
         ctx.shape = shape
         return y, state
@@ -325,11 +323,10 @@ class _SSD(torch.autograd.Function):
         dx, ddt, dg, dB, dC = (torch.empty_like(u, memory_format=torch.contiguous_format) for u in (x, dt, log_decay, B, C))
         dD = None if D is None else torch.zeros_like(D, dtype=torch.float32)
         dgamma = None if gamma is None else torch.zeros_like(gamma, dtype=torch.float32)
-        for (start, end), state, scores in reversed(list(zip(shape.segments(x.shape[1]), kept[::2], kept[1::2], strict=True))):
+        for (start, end), states, scores in reversed(list(zip(shape.segments(x.shape[1]), kept[::2], kept[1::2], strict=True))):
             here = slice(start, end)
             segment = _Segment(shape, (u[:, here] for u in (x, dt, log_decay, B, C)), D, gamma, scores)
             part, values = dy[:, here], segment.x
-            states, _, _ = segment.carry(segment.keys, values, segment.writing, state)
             dstates, dstate, energy = segment.carry(segment.queries, part, segment.reading, dstate, states)
             read = segment.read(segment.queries, states, part, segment.reading, transposed=False, partner=part)
             written = segment.read(segment.keys, dstates, part, segment.to_end, transposed=True, out=dx[:, here], partner=values)

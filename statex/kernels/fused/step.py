@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..lift import FLOOR, channel_mixing, lift_factor
 from .blocks import constant
+from .rows import back
 
 PROGRAMS = 264
 """Programs that keep a large GPU busy, two to a multiprocessor: slices of the values are made as wide as leaves so many."""
@@ -33,7 +34,7 @@ def lifted_channels(X, cs, r, K, root, inside):
     """Part r of a lifted row at channels cs: x, or x ∘ roll(x, r) / rms(x)."""
     x = tl.load(X + cs, mask=inside, other=0.0).to(tl.float32)
     if r > 0:
-        x *= tl.load(X + (cs - r + K) % K, mask=inside, other=0.0).to(tl.float32) * root
+        x *= tl.load(X + back(cs, r, K), mask=inside, other=0.0).to(tl.float32) * root
     return x
 
 
@@ -50,13 +51,16 @@ def step(
     GLA: DECAY holds decays of key channels. SSD (SCALAR): of a head; WEIGHT is dt, and SHARED heads have one key and query. With
     LOGARITHM decays are given as logarithms.
 
-    Grid: (V / BV rounded up, B * heads).
+    Grid: (PARTS * (parts_width / BV rounded up), B * heads); a program stays within one of the value blocks that M reads apart.
     """
     z = tl.program_id(1).to(tl.int64)
     h = z % heads
     key = (z // SHARED) * K  # SHARED divides the heads, so z // SHARED counts keys over the batch
-    vs = tl.program_id(0) * BV + tl.arange(0, BV)
-    cols = vs < V
+    slices = tl.num_programs(0) // PARTS
+    part = tl.program_id(0) // slices
+    inner = (tl.program_id(0) % slices) * BV + tl.arange(0, BV)
+    cols = inner < parts_width
+    vs = part * parts_width + inner
     v = tl.load(V_ + z * V + vs, mask=cols, other=0.0).to(tl.float32)
     written = v
     if SCALAR:
@@ -94,10 +98,8 @@ def step(
                     row = (h // SHARED) * GROUP + g
                     q *= tl.load(GAMMA + (row * (LIFT - 1) + r - 1) * K + cs, mask=inside, other=0.0)
                 if MIXED:
-                    gains = MIXING + (h * K + cs)[:, None] * PARTS + (vs // parts_width)[None, :]
-                    acc += tl.sum(q[:, None] * tl.load(gains, mask=keep, other=0.0) * state, 0)
-                else:
-                    acc += tl.sum(q[:, None] * state, 0)
+                    q *= tl.load(MIXING + (h * K + cs) * PARTS + part, mask=inside, other=0.0)
+                acc += tl.sum(q[:, None] * state, 0)
         acc *= scale
         if HAS_SKIP:
             acc += tl.load(SKIP + h) * v
@@ -132,6 +134,14 @@ def ssd_step(
     return out
 
 
+def tile_of(states: int, key_dim: int, value_dim: int) -> tuple[int, int, int]:
+    """Channels and values that a program loads at once, and its warps."""
+    bv = 16
+    while bv < min(128, value_dim) and states * triton.cdiv(value_dim, 2 * bv) >= PROGRAMS:
+        bv *= 2
+    return min(128, triton.next_power_of_2(key_dim)), bv, 4
+
+
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, logarithm: bool, weight: Tensor | None, skip: Tensor | None,
     gamma: Tensor | None, mixing: Tensor | None, state: Tensor, out: Tensor, states: int, group: int, shared: int, scale: float,
@@ -139,14 +149,13 @@ def _launch(
     q, k, v, decay = (x.contiguous() for x in (q, k, v, decay))
     gamma = None if gamma is None else gamma.float().contiguous()
     key_dim, value_dim = k.shape[-1], v.shape[-1]
-    bv = 16
-    while bv < min(128, value_dim) and states * triton.cdiv(value_dim, 2 * bv) >= PROGRAMS:
-        bv *= 2
     parts = 1 if mixing is None else mixing.shape[-1]
-    step[(triton.cdiv(value_dim, bv), states)](
+    width = value_dim // parts
+    bk, bv, warps = tile_of(parts * states, key_dim, width)
+    step[(parts * triton.cdiv(width, bv), states)](
         q, k, v, decay, *(q if x is None else x for x in (weight, skip, gamma, mixing)), state, out,
-        *state.stride()[:3], state.shape[1], key_dim, value_dim, value_dim // parts, scale,
+        *state.stride()[:3], state.shape[1], key_dim, value_dim, width, scale,
         GROUP=group, SHARED=shared, PARTS=parts, LIFT=lift_factor(gamma, key_dim), SCALAR=weight is not None,
         HAS_SKIP=skip is not None, GATED=gamma is not None, MIXED=mixing is not None, LOGARITHM=logarithm,
-        BC=triton.next_power_of_2(key_dim), BK=min(128, triton.next_power_of_2(key_dim)), BV=bv, num_warps=4,
+        BC=triton.next_power_of_2(key_dim), BK=bk, BV=bv, num_warps=warps,
     )  # fmt: skip
