@@ -4,19 +4,14 @@
     python benchmarks/hgrn_outer_product.py --table           # the committed numbers again, as a table and a figure
 
 A byte-level HGRN is trained on the mixture of `examples/pretrain_tiny.py` (books, needles, MQAR). Then the same fine-tuning is
-given to it as it is (`continued`), and to what `statex.expand` makes of it: `preserve` ×16 to ×128, which keeps its function and
-adds a number a channel, and `inherit`, which makes an HGRN2 of its weights. Beside them HGRN2s are trained from scratch on as many
-tokens as base and fine-tuning together have seen.
+given to it as it is (`continued`), and to what `statex.expand` makes of it: `preserve`, which keeps its function and adds a number
+a channel, λ, with which it reads the rest of the matrix; `preserve, opened`, the same with λ led to where that reading counts in
+full; and `inherit`, which makes an HGRN2 of its weights. Beside them HGRN2s are trained from scratch on as many tokens as base and
+fine-tuning together have seen.
 
-What was found, with one seed and two budgets (44 M tokens, a third of them MQAR; 82 M, four fifths): nothing learns to recall, not
-even HGRN2s from scratch with up to 65,536 state elements. All models get 72 to 82 % of 2 pairs and at most 10 % of 32, which is 1.4
-to 4.4 values a row, whatever its length. So the experiment cannot show what the operator gives. `preserve` keeps text and recall at
-the level of continued training (×16: 1.8925 against 1.8922 bits per byte); ×64, ×128 and `inherit` were not reached. A GLA of this
-size learns recall from the first mixture (19 % of 64 pairs after 49 M tokens: `statex/assets/gla-quickstart/README.md`).
-
-A guess why: a key is 1 - f, so that writing to a channel is forgetting it, and fresh gates forget fast. Of a new HGRN2's state half
-is gone after 1.0, 1.5, 2.4 and 5.2 tokens in its four layers, of a new GLA's after 16 (`measure_memory`, random bytes).
-Hardly any gradient then reaches a pair that lies dozens of tokens back.
+`--start stock` begins as the families do, and there nothing learns to recall, not even HGRN2s from scratch: a key is 1 - f, so with
+fresh gates the keys of all tokens are nearly alike and of one sign, and writing to a channel is forgetting it. `--start long`, the
+default, gives the gates a memory (`hgrn_runs.new_model`). What was found is told in docs/surgery.md.
 
 Each run is a process of its own, several side by side on one GPU, and ends as a line of the CSV; runs that have theirs are skipped,
 so the command resumes. `--dry-run` takes a few steps of everything on a CPU in seconds and keeps nothing.
@@ -27,13 +22,12 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,177 +35,27 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
-import torch
+from hgrn_runs import BASE, CONTINUED, INHERIT, OPENED, PAIRS, PRESERVE, ROOT, SCRATCH, Place, Spec, train
 
 import statex
-from statex.families import ModelDescription, get_family
-from statex.models import StatexForCausalLM
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-from pretrain_tiny import BYTE_OFFSET, PAIRS, VOCAB, Backward, Mixture, Preset, evaluate, learning_rate, read_bytes  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "hgrn_outer_product-h100.csv"
 FIGURE = ROOT / "docs" / "images" / "hgrn_outer_product.png"
-FACTORS = (16, 32, 64, 128)
-INHERITED = 64
-"""The one factor at which `inherit` is tried."""
-BASE, CONTINUED, SCRATCH = "base", "continued", "HGRN2 from scratch"
-LABELS = {BASE: "HGRN", CONTINUED: "HGRN, trained on", "preserve": "preserve", "inherit": "inherit", SCRATCH: SCRATCH}
-SIZES = ("hidden", "layers", "base_steps", "tune_steps", "text_rows", "mqar_tokens")
-"""Columns that tell runs of one size from those of another; only runs of one size are comparable."""
-GAIN_RATE = 10.0
-"""Learning rate of λ over that of the weights: it must open within a short run."""
-EVALUATION_SEED = 2**31
-
-
-@dataclass(frozen=True)
-class Spec:
-    """One run; equal specs are the same line of the CSV."""
-
-    arm: str
-    factor: int
-    seed: int
-    hidden: int
-    layers: int
-    base_steps: int
-    tune_steps: int
-    text_rows: int
-    mqar_tokens: int
-
-    @property
-    def base(self) -> Spec | None:
-        """The run whose model this one starts from."""
-        return None if self.arm in (BASE, SCRATCH) else replace(self, arm=BASE, factor=1)
-
-    @property
-    def name(self) -> str:
-        """For files and logs."""
-        return f"{self.arm.replace(' ', '_')}-x{self.factor}-seed{self.seed}"
-
-    @property
-    def steps(self) -> int:
-        """Steps that this run itself trains."""
-        return {BASE: self.base_steps, SCRATCH: self.base_steps + self.tune_steps}.get(self.arm, self.tune_steps)
-
-    def preset(self, window: int) -> Preset:
-        """The mixture's sizes."""
-        return Preset(
-            "hgrn", self.hidden, self.layers, heads=1, key_dim=1, steps=self.steps, window=window, text_rows=self.text_rows,
-            mqar_tokens=self.mqar_tokens,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Place:
-    """What all runs of a command share."""
-
-    data: Path
-    test: Path
-    work: Path
-    window: int
-    rate: float
-    warmup: int
-    test_bytes: int | None
-    compile: bool
+LABELS = {name: name for name in (BASE, CONTINUED, PRESERVE, OPENED, INHERIT, SCRATCH)}
+LABELS |= {BASE: "HGRN", CONTINUED: "HGRN, trained on"}
+SIZES = ("start", "hidden", "layers", "base_steps", "tune_steps", "tune_rate", "text_rows", "mqar_tokens")
+"""Columns that tell runs of one kind and size from those of another; only runs of one are comparable."""
+STARTS = {"stock": "gates with lower bounds", "long": "gates that remember"}
+"""How new models begin."""
 
 
 def specs(args: argparse.Namespace) -> list[Spec]:
-    """All runs, each behind those that it starts from."""
-    sizes = (args.hidden, args.layers, args.base_steps, args.tune_steps, args.text_rows, args.mqar_tokens)
-    arms = [(BASE, 1), *((SCRATCH, factor) for factor in FACTORS), (CONTINUED, 1), *(("preserve", factor) for factor in FACTORS)]
-    return [Spec(arm, factor, seed, *sizes) for seed in range(args.seeds) for arm, factor in [*arms, ("inherit", INHERITED)]]
-
-
-def description(spec: Spec, family: str) -> ModelDescription:
-    """An HGRN, or an HGRN2 of heads of `factor` channels; both with short convolutions, without which pairs do not form."""
-    config = {
-        "hidden_size": spec.hidden,
-        "vocab_size": VOCAB,
-        "num_hidden_layers": spec.layers,
-        "tie_word_embeddings": True,
-        "use_short_conv": True,
-    }
-    return get_family(family).describe(config | ({"expand_ratio": spec.factor} if family == "hgrn2" else {}), {})
-
-
-def model_of(spec: Spec, place: Place) -> StatexForCausalLM:
-    """The model that a run starts with."""
-    if spec.base is None:
-        family = "hgrn" if spec.arm == BASE else "hgrn2"
-        return StatexForCausalLM.from_description(description(spec, family), seed=spec.seed)
-    base = place.work / spec.base.name
-    if spec.arm == CONTINUED:
-        return statex.load(base, dtype=torch.float32)
-    expanded = place.work / spec.name
-    statex.expand(base, expanded, operator="outer_product", factor=spec.factor, init=spec.arm, seed=spec.seed, force=True)
-    return statex.load(expanded, dtype=torch.float32)
-
-
-def make_optimizer(model: StatexForCausalLM) -> torch.optim.AdamW:
-    """Weight decay on matrices only; each group with its factor on the learning rate."""
-    gains = [p for name, p in model.named_parameters() if name.endswith("outer_gain")]
-    matrices = [p for p in model.parameters() if p.ndim == 2 and min(p.shape) > 16]
-    rest = [p for p in model.parameters() if not any(p is other for other in (*gains, *matrices))]
-    groups = [
-        {"params": parameters, "weight_decay": decay, "factor": factor}
-        for parameters, decay, factor in ((matrices, 0.1, 1.0), (rest, 0.0, 1.0), (gains, 0.0, GAIN_RATE))
-        if parameters
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=next(model.parameters()).is_cuda)
-
-
-def train(spec: Spec, place: Place) -> dict[str, Any]:
-    """Carry out one run; returns its line of the CSV."""
-    began, device = time.monotonic(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    model = model_of(spec, place).to(device).train()
-    model.set_backend("chunked")  # what compiles into few launches
-    if device.type == "cuda" and place.compile:
-        for layer in model.model.layers:
-            layer.compile(dynamic=False)
-    preset = spec.preset(place.window)
-    mixture = Mixture(preset, place.data, device, seed=1 + spec.seed + (0 if spec.base is None else 1000))
-    backward, optimizer = Backward(model, (preset.text_rows, preset.window)), make_optimizer(model)
-    draws, counts = np.random.default_rng([spec.seed, 2]), [n for n in PAIRS if n <= preset.max_pairs]
-    tokens = 0
-    for step in range(spec.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = group["factor"] * learning_rate(step, spec.steps, place.rate, place.warmup)
-        # Few pairs early: the recall circuit forms on short rows and is then stretched.
-        reach = counts[: max(3, math.ceil(len(counts) * min(1.0, step / (0.3 * spec.base_steps))))]
-        num_pairs = int(draws.choice(reach if spec.base is None else counts))
-        ids = mixture.text()
-        text_loss = backward(ids, ids)
-        rows, answers = mixture.mqar(num_pairs, preset.mqar_tokens // (4 * num_pairs))
-        backward(rows, answers)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)  # graphs write into these very tensors
-        tokens += ids.numel() + rows.numel()
-        if step % 200 == 0:
-            elapsed = round(time.monotonic() - began, 1)
-            progress = {"run": spec.name, "step": step, "text_bits": text_loss.item() / math.log(2), "seconds": elapsed}
-            print(json.dumps(progress), file=sys.stderr, flush=True)
-    mixture.generator.manual_seed(EVALUATION_SEED)  # the same rows for every run
-    test = torch.from_numpy(read_bytes(place.test)[: place.test_bytes]).to(device).long() + BYTE_OFFSET
-    scores = evaluate(model, mixture, test, rows=256 if device.type == "cuda" else 2)
-    if spec.arm == BASE:
-        model.cpu().save_pretrained(place.work / spec.name)
-    before = 0 if spec.base is None else tokens * spec.base_steps // max(spec.steps, 1)
-    layers = model.config.description.layers
-    return {
-        **asdict(spec),
-        "tokens": before + tokens,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "state_elements": sum(layer.state_elements for layer in layers),
-        "bits_per_byte": scores["bits_per_byte"],
-        **{f"recall_{pairs}": accuracy for pairs, accuracy in scores["mqar"].items()},
-        "seconds": round(time.monotonic() - began, 1),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "torch": torch.__version__,
-    }
+    """All runs, those that answer most first, each behind the one that it starts from."""
+    sizes = {name: getattr(args, name) for name in SIZES}
+    first, *others = args.factors
+    arms = [(BASE, 1), (SCRATCH, first), (CONTINUED, 1), (PRESERVE, first), (OPENED, first), (INHERIT, first)]
+    arms += [(arm, factor) for factor in others for arm in (SCRATCH, OPENED, INHERIT, PRESERVE)]
+    return [Spec(arm, factor, seed, **sizes) for seed in range(args.seeds) for arm, factor in arms]
 
 
 def lines(results: Path) -> list[dict[str, str]]:
@@ -260,7 +104,9 @@ def run_all(wanted: list[Spec], place: Place, results: Path, jobs: int) -> None:
                 append(results, line)
         return
     active: list[tuple[Spec, subprocess.Popen[str]]] = []
+    failed: list[Spec] = []
     while waiting or active:
+        waiting = [spec for spec in waiting if spec.base not in failed]
         for spec in list(waiting):
             base_is_done = spec.base not in waiting and all(spec.base != other for other, _ in active)
             if base_is_done and len(active) < jobs:
@@ -273,12 +119,13 @@ def run_all(wanted: list[Spec], place: Place, results: Path, jobs: int) -> None:
                 active.remove((spec, process))
                 told = process.stdout.read().splitlines() if process.stdout else []
                 if process.returncode != 0:
-                    for _, other in active:
-                        other.terminate()
-                    raise SystemExit(f"{spec.name} failed; the runs before it are in {results}")
-                if identity(spec) not in done:
+                    failed.append(spec)
+                elif identity(spec) not in done:
                     append(results, json.loads(told[-1]))
         time.sleep(0.2)
+    if failed:
+        names = ", ".join(spec.name for spec in failed)
+        raise SystemExit(f"failed, with what starts from them: {names}; the other runs are in {results}")
 
 
 def one(order: str) -> None:
@@ -294,9 +141,9 @@ Group = dict[tuple[str, int], list[dict[str, str]]]
 
 def table(results: Path, figure: Path) -> None:
     """For each size of runs a Markdown table, a row for each kind of run, means over seeds; and recall by number of pairs."""
-    by_sizes: dict[tuple[int, ...], Group] = {}
+    by_sizes: dict[tuple[str, ...], Group] = {}
     for line in lines(results):
-        group = by_sizes.setdefault(tuple(int(line[name]) for name in SIZES), {})
+        group = by_sizes.setdefault(tuple(line[name] for name in SIZES), {})
         group.setdefault((line["arm"], int(line["factor"])), []).append(line)
     if not by_sizes:
         return
@@ -315,12 +162,12 @@ def table(results: Path, figure: Path) -> None:
     draw(by_sizes, figure)
 
 
-def title(sizes: tuple[int, ...]) -> str:
+def title(sizes: tuple[str, ...]) -> str:
     """The sizes of runs in words."""
     told = dict(zip(SIZES, sizes, strict=True))
     return (
-        f"{told['layers']} layers of {told['hidden']}, {told['base_steps']:,} + {told['tune_steps']:,} steps, "
-        f"each {told['text_rows']} windows of text and {told['mqar_tokens']:,} tokens of MQAR"
+        f"{STARTS[told['start']]}: {told['layers']} layers of {told['hidden']}, {told['base_steps']} + {told['tune_steps']} steps, "
+        f"these at a rate of {told['tune_rate']}, each {told['text_rows']} windows of text and {told['mqar_tokens']} tokens of MQAR"
     )
 
 
@@ -334,24 +181,26 @@ def mean(runs: list[dict[str, str]], column: str) -> float:
     return sum(float(line[column]) for line in runs) / len(runs)
 
 
-def draw(by_sizes: dict[tuple[int, ...], Group], path: Path) -> None:
+def draw(by_sizes: dict[tuple[str, ...], Group], path: Path) -> None:
     """Recall by number of pairs, a row of panels for each size of runs: the HGRN and what comes of it; HGRN2s from scratch."""
-    panels = {"HGRN and outer_product": (BASE, CONTINUED, "preserve", "inherit"), "HGRN2 from scratch": (SCRATCH,)}
-    styles = {BASE: "k:", CONTINUED: "k--", "inherit": "s-."}
+    panels = {"HGRN and outer_product": (BASE, CONTINUED, PRESERVE, OPENED, INHERIT), "HGRN2 from scratch": (SCRATCH,)}
+    styles = {BASE: "k:", CONTINUED: "k--", OPENED: "^--", INHERIT: "s-."}
+    factors = sorted({factor for group in by_sizes.values() for _, factor in group if factor > 1})
     figure, rows = plt.subplots(len(by_sizes), 2, figsize=(9, 3.4 * len(by_sizes)), sharey=True, squeeze=False)
-    for axes, group in zip(rows, by_sizes.values(), strict=True):
+    for axes, (sizes, group) in zip(rows, by_sizes.items(), strict=True):
         pairs = pairs_of(group)
         for axis, (name, arms) in zip(axes, panels.items(), strict=True):
             for arm, factor in (kind for kind in group if kind[0] in arms):
                 recall = [mean(group[arm, factor], f"recall_{n}") for n in pairs]
-                color = {} if factor == 1 else {"color": f"C{FACTORS.index(factor)}"}
+                color = {} if factor == 1 else {"color": f"C{factors.index(factor)}"}
                 axis.plot(pairs, recall, styles.get(arm, "o-"), label=LABELS[arm] + ("" if factor == 1 else f" ×{factor}"), **color)
             budget = max(int(line["tokens"]) for runs in group.values() for line in runs) / 1e6
-            axis.set(title=f"{name}, {budget:.0f} M tokens", xlabel="key-value pairs", xscale="log", ylim=(0, 1.03))
+            axis.set_title(f"{name}\n{STARTS[sizes[0]]}, {budget:.0f} M tokens", fontsize=9)
+            axis.set(xlabel="key-value pairs", xscale="log", ylim=(0, 1.03))
             axis.set_xticks(ticks := [n for n in pairs if n in (2, 4, 8, 16, 32, 64, 128)], [str(tick) for tick in ticks])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=7, loc="upper right")
+            axis.legend(fontsize=7, framealpha=0.6)
         axes[0].set_ylabel("values recalled")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -370,10 +219,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "hgrn_outer_product", help="folder of the checkpoints")
     parser.add_argument("--jobs", type=int, default=6, help="processes that share the GPU; 0: one run after another, in this one")
     parser.add_argument("--seeds", type=int, default=1)
-    for name, value in (("hidden", 128), ("layers", 4), ("base-steps", 1200), ("tune-steps", 600), ("text-rows", 32)):
+    parser.add_argument(
+        "--start", choices=STARTS, default="long", help="; ".join(f"{name}: {what}" for name, what in STARTS.items())
+    )
+    parser.add_argument("--factors", type=int, nargs="+", default=[64, 16, 32, 128], help="of outer_product, the first one first")
+    for name, value in (("hidden", 128), ("layers", 2), ("base-steps", 800), ("tune-steps", 1800), ("text-rows", 16)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--mqar-tokens", type=int, default=8192, help="tokens of MQAR rows in a step")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak, in base and fine-tuning alike")
+    parser.add_argument("--mqar-tokens", type=int, default=16_384, help="tokens of MQAR rows in a step")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak, of what is trained from nothing")
+    parser.add_argument("--tune-rate", type=float, default=3e-3, help="peak, of fine-tuning")
     parser.add_argument("--no-compile", action="store_true", help="CUDA graphs alone: slower steps, no minute of compilation")
     parser.add_argument("--table", action="store_true", help="print and draw what the CSV holds, and train nothing")
     parser.add_argument("--dry-run", action="store_true", help="a few steps of everything on a CPU; nothing is kept")

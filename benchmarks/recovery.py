@@ -3,6 +3,7 @@
     python benchmarks/recovery.py screen --data books_train.jsonl.gz --test books_test.jsonl.gz --devices 0,1,2,3 --minutes 8
     python benchmarks/recovery.py confirm --arms 'lpt@*,lift4,widen4' --seeds 0,1,2 --steps 500 --data ... --test ...
     python benchmarks/recovery.py screen --base big=runs/gla-30m/checkpoint --arms lpt@1e-3,lift4,merge-reinit --data ... --test ...
+    python benchmarks/recovery.py screen --base gla-quickstart --oracle gla-quickstart=runs/x4/checkpoint --arms oracle --data ...
     python benchmarks/recovery.py cost                       # milliseconds of a step and of a token, a run at a time
     python benchmarks/recovery.py --table --arms lpt@1e-3,lift4,merge-reinit      # the committed numbers again, and a figure
 
@@ -133,6 +134,7 @@ def identity(spec: Spec, place: Place) -> dict[str, Any]:
         "at_once": place.at_once,
         "device": device,
         "torch": torch.__version__,
+        "backend": place.backend,
     }
 
 
@@ -228,12 +230,24 @@ def named_bases(named: list[str]) -> dict[str, Base]:
     """Bases by name: known ones, or `name=folder`."""
     found = {}
     for entry in named or DEFAULT_BASES:
+        if entry in BASES:
+            found[entry] = Base(entry, BASES[entry])
+            continue
+        ((name, folder),) = named_folders("--base", [entry], f", or one of {', '.join(BASES)}")
+        found[name] = Base(name, folder)
+    return found
+
+
+def named_folders(option: str, entries: Iterable[str], more: str = "") -> list[tuple[str, Path]]:
+    """`name=folder` apart."""
+    found = []
+    for entry in entries:
         name, _, folder = entry.partition("=")
-        if not folder and name not in BASES:
-            raise SystemExit(f"--base {name}: write {name}=FOLDER, or one of {', '.join(BASES)}")
-        if folder and not Path(folder).is_dir():
-            raise SystemExit(f"--base {name}: there is no folder {folder}")
-        found[name] = Base(name, Path(folder) if folder else BASES[name])
+        if not folder:
+            raise SystemExit(f"{option} {name}: write {name}=FOLDER{more}")
+        if not Path(folder).is_dir():
+            raise SystemExit(f"{option} {name}: there is no folder {folder}")
+        found.append((name, Path(folder)))
     return found
 
 
@@ -257,6 +271,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base", action="append", default=[], help=f"{', '.join(BASES)}, or NAME=FOLDER; may be repeated")
     parser.add_argument(
         "--arms", default="", help="names, patterns or axes of recovery_arms.py, with commas; all but oracles if left out"
+    )
+    parser.add_argument(
+        "--oracle",
+        action="append",
+        default=[],
+        help="NAME=FOLDER: what the arm `oracle` measures, a model pretrained with a large state",
     )
     parser.add_argument("--seeds", type=numbers, help="with commas")
     parser.add_argument("--steps", type=numbers, help="lengths of the runs, with commas")
@@ -329,10 +349,11 @@ def main() -> None:
         if args.reading:
             few = {"train": 16, "test": 4} if args.dry_run else {}
             place.reading = ReadingRows(args.reading, READING_WIDTH, device, seed=0, **few)
+        place.oracles = dict(named_folders("--oracle", args.oracle))
         place.eager, place.base_steps = args.eager, args.base_steps or place.base_steps
         claims = args.claims or folder / "claims"
         claims.mkdir(exist_ok=True)
-        _ = place.mixture, place.held_out  # read by the default stream, before any other is there
+        _ = place.mixture, place.held_out, place.needles  # read by the default stream, before any other is there
         if on_gpu:
             torch.cuda.synchronize()
             torch.set_num_threads(2)  # for surgery; many processes share the cores

@@ -1,7 +1,8 @@
 """The arms of `recovery.py`: what is done to a base, and how it is trained on. A line each, in order of priority.
 
-Rates were chosen around the rate that the bases were trained at, 3e-3. `new`, `expanded` and `rest` are the recipe's multipliers of
-parameters that surgery added, enlarged or drew afresh, and left alone.
+Rates were chosen around the rate that the bases were trained at, 3e-3. `new`, `expanded`, `rows` and `rest` are the recipe's
+multipliers of parameters that surgery added, of those that it enlarged or drew afresh, of rows that it appended to these, and of
+all others.
 
 Two ideas have no line. Reading foreign blocks through a rotation of their keys: a block has one set of keys for all its readers, so
 that rotating keys and queries alike cancels, and one of them alone only scrambles; keys of their own for new rows are what
@@ -29,10 +30,11 @@ class Arm:
         family: of the bases that it is for.
         axis: the question that it belongs to.
         plan: the surgery's operations; none: no surgery.
-        rate: highest learning rate. new, expanded, rest: multipliers by role.
-        extra: a key of `recovery_extras.EXTRAS`, with its number behind a colon.
+        rate: highest learning rate. new, expanded, rows, rest: the recipe's multipliers.
+        extra: keys of `recovery_extras.EXTRAS`, with commas, each with its number behind a colon.
         scratch: only the shapes of the surgery's result are kept, and the model is trained from nothing on the tokens of base and
             recovery together. Such an arm runs when it is named.
+        given: nothing is trained; the checkpoint that `--oracle` names is measured, and told with the tokens behind it. Likewise.
     """
 
     name: str
@@ -42,9 +44,11 @@ class Arm:
     rate: float = 1e-3
     new: float = 10.0
     expanded: float = 1.0
+    rows: float = 1.0
     rest: float = 1.0
     extra: str = ""
     scratch: bool = False
+    given: bool = False
 
 
 def lift(factor: int, init: str = "preserve", layers: Any = "all") -> tuple[dict[str, Any], ...]:
@@ -84,6 +88,7 @@ ARMS: tuple[Arm, ...] = (
     Arm("merge-reinit@3e-3", GLA, "rate", merge("reinit"), rate=3e-3),
     Arm("merge@3e-3", GLA, "rate", merge(), rate=3e-3),
     Arm("widen4-reinit", GLA, "operator", widen(4, "reinit")),
+    Arm("widen4-reinit@3e-3", GLA, "rate", widen(4, "reinit"), rate=3e-3),
     Arm("widen4-inherit", GLA, "operator", widen(4, "inherit")),
     Arm("merge-inherit", GLA, "operator", merge("inherit")),
     Arm("lift4-inherit", GLA, "operator", lift(4, "inherit")),
@@ -110,6 +115,21 @@ ARMS: tuple[Arm, ...] = (
     Arm("lift4@3e-4-new100", GLA, "multiplier", lift(4), rate=3e-4, new=100.0),
     Arm("widen4@3e-4-expanded3", GLA, "multiplier", widen(4), rate=3e-4, expanded=3.0),
     Arm("widen4@3e-4-expanded10", GLA, "multiplier", widen(4), rate=3e-4, expanded=10.0),
+    Arm("widen4@3e-4-rows10", GLA, "multiplier", widen(4), rate=3e-4, rows=10.0),
+    Arm("widen4@3e-4-rows30", GLA, "multiplier", widen(4), rate=3e-4, rows=30.0),
+    Arm("widen4@1e-3-rows10", GLA, "multiplier", widen(4), rows=10.0),
+    Arm("widen8@1e-3-rows10", GLA, "factor", widen(8), rows=10.0),
+    Arm("widen8@3e-4-rows10", GLA, "factor", widen(8), rate=3e-4, rows=10.0),
+    Arm("widen2+lift2@3e-4-new100-rows10", GLA, "factor", widen(2) + lift(2), rate=3e-4, new=100.0, rows=10.0),
+    Arm("lift4@3e-4-new100", MAMBA2, "multiplier", lift(4), rate=3e-4, new=100.0),
+    Arm("widen4@3e-4-rows10", MAMBA2, "multiplier", widen(4), rate=3e-4, rows=10.0),
+    Arm("widen4@1e-3-rows10", MAMBA2, "multiplier", widen(4), rows=10.0),
+    Arm("widen4@3e-4-rows30", MAMBA2, "multiplier", widen(4), rate=3e-4, rows=30.0),
+    Arm("widen4-recombined@3e-4-rows10", MAMBA2, "opening", widen(4), rate=3e-4, rows=10.0, extra="recombined"),
+    Arm("widen8@3e-4-rows10", MAMBA2, "factor", widen(8), rate=3e-4, rows=10.0),
+    Arm("widen4-control@3e-4-rows10", MAMBA2, "control", widen(4), rate=3e-4, rows=10.0, extra="sum_of_sets:4"),
+    Arm("widen2+lift2@3e-4-new100-rows10", MAMBA2, "factor", widen(2) + lift(2), rate=3e-4, new=100.0, rows=10.0),
+    Arm("widen4+lift2@3e-4-new100-rows10", MAMBA2, "factor", widen(4) + lift(2), rate=3e-4, new=100.0, rows=10.0),
     # How much state.
     Arm("lift2", GLA, "factor", lift(2)),
     Arm("lift3", GLA, "factor", lift(3)),
@@ -164,19 +184,21 @@ ARMS: tuple[Arm, ...] = (
     Arm("merge-scalar-new30", GLA, "multiplier", merge(**SCALAR), new=30.0),
     Arm("lift4-reinit", GLA, "operator", lift(4, "reinit")),
     # The ceiling.
-    Arm("oracle-widen4", GLA, "oracle", widen(4, "reinit"), rate=3e-3, scratch=True),
-    Arm("oracle-widen4", MAMBA2, "oracle", widen(4, "reinit"), rate=3e-3, scratch=True),
-    Arm("oracle-lift4", GLA, "oracle", lift(4), rate=3e-3, new=1.0, scratch=True),
-    Arm("oracle-merged", GLA, "oracle", merge("reinit"), rate=3e-3, scratch=True),
-    Arm("oracle-lift4", MAMBA2, "oracle", lift(4), rate=3e-3, new=1.0, scratch=True),
+    Arm("oracle-widen4", GLA, "ceiling", widen(4, "reinit"), rate=3e-3, scratch=True),
+    Arm("oracle-widen4", MAMBA2, "ceiling", widen(4, "reinit"), rate=3e-3, scratch=True),
+    Arm("oracle-lift4", GLA, "ceiling", lift(4), rate=3e-3, new=1.0, scratch=True),
+    Arm("oracle-merged", GLA, "ceiling", merge("reinit"), rate=3e-3, scratch=True),
+    Arm("oracle-lift4", MAMBA2, "ceiling", lift(4), rate=3e-3, new=1.0, scratch=True),
+    Arm("oracle", GLA, "ceiling", given=True),
+    Arm("oracle", MAMBA2, "ceiling", given=True),
 )
 
 
 def choose(patterns: Iterable[str]) -> list[Arm]:
-    """Arms whose name or axis matches one of the patterns, by pattern; without any, all but those from scratch."""
+    """Arms whose name or axis matches one of the patterns, by pattern; without any, all but oracles."""
     patterns = list(patterns)
     if not patterns:
-        return [arm for arm in ARMS if not arm.scratch]
+        return [arm for arm in ARMS if not (arm.scratch or arm.given)]
     found: dict[tuple[str, str], Arm] = {}
     for pattern in patterns:
         matching = [arm for arm in ARMS if fnmatchcase(arm.name, pattern) or arm.axis == pattern]

@@ -146,27 +146,54 @@ def sum_of_sets(model: StatexForCausalLM, source: ModelDescription, number: floa
                 channels.unflatten(0, (layer.key_heads, -1))[:, before.key_dim :].zero_()
 
 
+@torch.no_grad()
+def recombined(model: StatexForCausalLM, source: ModelDescription, number: float, seed: int) -> None:
+    """New rows of Mamba-2's B are random combinations of the head's old ones, as long as these: they read what B reads."""
+    generator = torch.Generator().manual_seed(seed)
+    for block, before in zip(model.model.layers, source.layers, strict=True):
+        layer = block.mixer.layer
+        for group in mamba2_rows.split_rows(mamba2_rows.PROJECTION, block.mixer.in_proj.weight, layer)[1].unflatten(
+            0, (layer.key_heads, -1)
+        ):
+            old, new = group.tensor_split([before.key_dim])
+            weights = torch.randn(len(new), len(old), generator=generator).to(old)
+            mixed = weights @ F.normalize(old, dim=1)
+            new.copy_(F.normalize(mixed, dim=1) * old.norm(dim=1).mean())
+
+
 EXTRAS: dict[str, Extra] = {
     "noise": noise,
     "scheduled": scheduled,
     "annealed": annealed,
     "orthogonal": orthogonal,
     "sum_of_sets": sum_of_sets,
+    "recombined": recombined,
 }
 DISTILLED = "distilled"
 """The extra that changes the loss: the model before surgery teaches, with the arm's number as the weight of the divergence."""
 
 
-def prepare(name: str, model: StatexForCausalLM, source: ModelDescription, seed: int) -> Advance | None:
-    """Carry out an arm's extra, `name` or `name:number`, on the model after surgery."""
-    key, _, number = name.partition(":")
-    return EXTRAS[key](model, source, float(number or 0), seed) if key in EXTRAS else None
+def named(extra: str) -> list[tuple[str, float]]:
+    """What an arm's extra asks for: `name` or `name:number`, several with commas."""
+    parts = (part.partition(":") for part in extra.split(",") if part)
+    return [(name, float(number or 0)) for name, _, number in parts]
 
 
-def teaching_weight(name: str) -> float:
+def prepare(extra: str, model: StatexForCausalLM, source: ModelDescription, seed: int) -> Advance | None:
+    """Carry out an arm's extra on the model after surgery."""
+    made = [EXTRAS[name](model, source, number, seed) for name, number in named(extra) if name in EXTRAS]
+    along = [advance for advance in made if advance is not None]
+
+    def advance(done: float) -> None:
+        for one in along:
+            one(done)
+
+    return advance if along else None
+
+
+def teaching_weight(extra: str) -> float:
     """The weight of the teacher's part in the loss; 0 without one."""
-    key, _, number = name.partition(":")
-    return float(number) if key == DISTILLED else 0.0
+    return dict(named(extra)).get(DISTILLED, 0.0)
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:

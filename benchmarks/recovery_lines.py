@@ -12,7 +12,7 @@ from typing import Any
 COLUMNS = (
     "family", "params", "arm", "factor", "layers", "seed", "tokens", "task", "metric", "value", "train_s",
     "base", "axis", "step", "steps", "batch", "learning_rate", "new", "expanded", "rest", "state", "eager", "at_once",
-    "device", "torch",
+    "device", "torch", "backend",
 )  # fmt: skip
 IDENTITY = ("base", "arm", "seed", "steps", "batch")
 

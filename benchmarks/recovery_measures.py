@@ -25,7 +25,9 @@ from statex.surgery import mamba2_rows
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from pretrain_tiny import Mixture, logits
 
-TEXT, MORE_TEXT, MQAR, OPENED, COST = "books", "more books", "mqar", "opened", "cost"
+TEXT, MORE_TEXT, MQAR, NEEDLE, OPENED, COST = "books", "more books", "mqar", "needle", "opened", "cost"
+NUMBER = slice(-7, -2)
+"""Where the five digits of the answer stand in a row of `needle_rows`."""
 WINDOWS_AT_ONCE = 128
 TIMED_STEPS, TIMED_TOKENS, PROMPT = 20, 32, 64
 DECODED_ROWS = (1, 64)
@@ -83,6 +85,17 @@ def recall(model: StatexForCausalLM, mixture: Mixture, counts: list[int], rows: 
             found = curve.capacity(level)
             outside = math.inf if found.beyond == "above" else 0.0
             yield MQAR, f"capacity_{100 * level:.0f}", outside if found.value is None else found.value
+
+
+@torch.no_grad()
+def find_needles(model: StatexForCausalLM, rows: Tensor) -> Numbers:
+    """Of the numbers that windows `[rows, window]` state and ask for: the share found whole, and that of digits behind right ones.
+
+    A tenth of the digits is right by chance.
+    """
+    hits = torch.cat([logits(model, part)[:, :-1].argmax(-1) == part[:, 1:] for part in rows.split(WINDOWS_AT_ONCE)])[:, NUMBER]
+    yield NEEDLE, "exact", hits.all(1).double().mean().item()
+    yield NEEDLE, "digits", hits.double().mean().item()
 
 
 @torch.no_grad()

@@ -60,7 +60,8 @@ class Queue:
 
     def done(self, spec: Spec, seconds: float) -> None:
         """Learn from a run that ended well, and keep it from being done again should this process die."""
-        self.pace[spec.base] = seconds / self.length(spec)
+        if self.length(spec):
+            self.pace[spec.base] = seconds / self.length(spec)
         self.close(spec)
 
     def close(self, spec: Spec) -> None:

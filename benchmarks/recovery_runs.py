@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
+import json
 import math
 import shutil
 import sys
@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from recovery_arms import AUTO, find
-from recovery_extras import divergence, prepare, teaching_weight
-from recovery_measures import MORE_TEXT, PROMPT, TEXT, Measured, cost, opened, read_text, recall, state_sizes
+from recovery_extras import prepare, teaching_weight
+from recovery_graphs import Backward, batch_loss
+from recovery_measures import MORE_TEXT, PROMPT, TEXT, Measured, cost, find_needles, opened, read_text, recall, state_sizes
 from recovery_reading import ReadingRows
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import statex
 from statex.checkpoints import open_checkpoint
-from statex.evals.mqar_rows import IGNORE
+from statex.errors import RecipeError
 from statex.families.description import ModelDescription
 from statex.models import StatexForCausalLM
 from statex.recipes.optimizer import (
@@ -38,15 +38,14 @@ from statex.recipes.optimizer import (
     undecayed_names,
 )
 from statex.recipes.schema import Multipliers, Optimizer, Schedule
+from statex.surgery.new_rows import new_rows
 from statex.surgery.plan import parse_layers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from pretrain_tiny import BYTE_OFFSET, PAIRS, PRESETS, Mixture, Preset, logits, read_bytes
+from pretrain_tiny import BYTE_OFFSET, PAIRS, PRESETS, Mixture, Preset, logits, needle_rows, read_bytes
 
 DATA_SEED, EVALUATION_SEED = 1000, 2**31
 """The first is added to a run's seed for the generator of its data; the second draws held-out rows, the same for all runs."""
-WARM_UP = 2
-"""Passes in front of a capture: gradients, library handles and workspaces must exist."""
 STOPS = (0.0, 0.1, 0.25, 0.5, 1.0)
 """Shares of the run at which is measured."""
 AHEAD = 2
@@ -114,6 +113,8 @@ class Place:
     mqar_tokens: int | None = None
     max_pairs: int = 128
     eval_rows: int = 256
+    oracles: dict[str, Path] = field(default_factory=dict)
+    """Checkpoints with a large state from the start, by the base whose ceiling they are."""
     reading: ReadingRows | None = None
     """Questions on real text, as a further part of every step and of every measurement."""
     reading_rows: int = 16
@@ -135,11 +136,19 @@ class Place:
         """Token ids of the held-out books."""
         return torch.from_numpy(read_bytes(self.test)[: self.final_bytes]).to(self.device).long() + BYTE_OFFSET
 
+    @cached_property
+    def needles(self) -> Tensor:
+        """Held-out windows that end with a question for a number, and with the number, `[eval_rows, window]`."""
+        rows = needle_rows(read_bytes(self.test)[: self.final_bytes], self.window, self.eval_rows, EVALUATION_SEED)
+        return torch.from_numpy(rows).to(self.device).long() + BYTE_OFFSET
+
     def steps(self, spec: Spec) -> int:
         """Of a run, which from scratch reads what the base has read, too."""
         base = self.bases[spec.base]
-        scratch = find(base.description.family, spec.arm).scratch
-        return spec.steps + (round((self.base_steps or base.preset.steps) / spec.batch) if scratch else 0)
+        arm = find(base.description.family, spec.arm)
+        if arm.given:
+            return 0
+        return spec.steps + (round((self.base_steps or base.preset.steps) / spec.batch) if arm.scratch else 0)
 
     def draw(self, base: Base, batch: float, seed: int) -> Mixture:
         """The base's mixture in steps of `batch` times its tokens, drawn by a generator of its own."""
@@ -161,57 +170,6 @@ class Place:
         return self.auto[base.name]
 
 
-class Backward:
-    """Adds the gradients of a batch's loss to `.grad`, `(ids, labels) -> None`; on a GPU the replay of a graph for each shape.
-
-    Everything happens on the stream that is current when a run begins, so that no two runs share a workspace of the libraries. The
-    graphs of a run share their memory; nothing but gradients outlives a replay.
-    """
-
-    def __init__(self, loss: Any, device: torch.device, eager: bool) -> None:
-        self.loss, self.eager = loss, eager or device.type != "cuda"
-        self.graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self.pool = None if self.eager else torch.cuda.graph_pool_handle()
-
-    def capture(self, ids: Tensor, labels: Tensor) -> None:
-        """Record the work on batches of this shape; leaves something in the gradients."""
-        if self.eager or ids.shape in self.graphs:
-            return
-        ids, labels = ids.clone(), labels.clone()
-        for _ in range(WARM_UP):
-            self.loss(ids, labels).backward()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        gc.disable()  # what it would free belongs to other runs, and may not be freed while this one is captured
-        try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
-                self.loss(ids, labels).backward()
-        finally:
-            gc.enable()
-        self.graphs[ids.shape] = graph, ids, labels
-
-    def __call__(self, ids: Tensor, labels: Tensor) -> None:
-        if self.eager:
-            self.loss(ids, labels).backward()
-            return
-        graph, static_ids, static_labels = self.graphs[ids.shape]
-        static_ids.copy_(ids)
-        static_labels.copy_(labels)
-        graph.replay()
-
-
-def batch_loss(
-    model: StatexForCausalLM, teacher: StatexForCausalLM | None, weight: float, text: torch.Size, ids: Tensor, labels: Tensor
-) -> Tensor:
-    """Mean nats an answer, and on batches of the shape `text` `weight` times the divergence from the teacher."""
-    predicted = logits(model, ids)[:, :-1]
-    loss = F.cross_entropy(predicted.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
-    if teacher is None or ids.shape != text:
-        return loss
-    with torch.no_grad():
-        known = logits(teacher, ids)[:, :-1]
-    return loss + weight * divergence(predicted, known)
-
-
 class Run:
     """One arm on one base with one seed."""
 
@@ -225,10 +183,10 @@ class Run:
         self.steps = place.steps(spec)
         self.layers: list[int] = []
         self.queued: deque[torch.cuda.Event] = deque()
-        multipliers = Multipliers(new=self.arm.new, expanded=self.arm.expanded, rest=self.arm.rest)
+        multipliers = Multipliers(new=self.arm.new, expanded=self.arm.expanded, rows=self.arm.rows, rest=self.arm.rest)
         self.options = Optimizer(learning_rate=self.arm.rate, multipliers=multipliers)
         warm_up = min(SCRATCH_WARM_UP, self.steps // 2) if self.arm.scratch else max(1, self.steps // 20)
-        self.schedule = Schedule(max_steps=self.steps, warmup_steps=warm_up)
+        self.schedule = Schedule(max_steps=max(1, self.steps), warmup_steps=warm_up)
 
     def prepare(self) -> Generator[None, None, None]:
         """Surgery, roles and rates, and the captured steps."""
@@ -238,7 +196,8 @@ class Run:
         roles = training_roles([name for name, _ in self.model.named_parameters()], provenance)
         freeze(self.model, roles, self.options)
         self.advance = prepare(arm.extra, self.model, self.base.description, self.spec.seed)
-        self.optimizer = build_optimizer(self.model, roles, undecayed_names(description), self.options)
+        self.new_rows = new_rows(description, provenance)
+        self.optimizer = build_optimizer(self.model, roles, undecayed_names(description), self.options, self.new_rows)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         weight, teacher = teaching_weight(arm.extra), None
         if weight:
@@ -246,7 +205,7 @@ class Run:
             teacher.requires_grad_(False)
         text = torch.Size((self.data.preset.text_rows, self.data.preset.window))
         self.backward = Backward(partial(batch_loss, self.model, teacher, weight, text), place.device, self.eager)
-        if not self.backward.eager:
+        if not self.backward.eager and self.steps:
             rows, self.data.generator = self.data.generator, torch.Generator(place.device).manual_seed(0)
             for num_pairs in self.pairs:
                 for ids, labels in self.batches(num_pairs):
@@ -264,6 +223,8 @@ class Run:
     def _model(self) -> tuple[StatexForCausalLM, dict[str, Any]]:
         """The model that training starts with, and what surgery wrote down."""
         place, folder = self.place, self.base.folder
+        if self.arm.given:
+            folder = self._oracle()
         if self.arm.plan:
             folder = place.work / f"{self.spec.name}-expanded"
             plan = {"operations": [self._resolved(entry) for entry in self.arm.plan]}
@@ -279,6 +240,22 @@ class Run:
             shutil.rmtree(folder)
         model.set_backend(place.backend)
         return model.train(), provenance
+
+    def _oracle(self) -> Path:
+        if self.base.name not in self.place.oracles:
+            raise RecipeError("no oracle is given", where=self.base.name, fix=f"Name one with --oracle {self.base.name}=FOLDER")
+        return self.place.oracles[self.base.name]
+
+    def _tokens_behind(self) -> int:
+        """Tokens that an oracle has read, as examples/pretrain_tiny.py left them beside its checkpoint; 0 for other arms."""
+        if not self.arm.given:
+            return 0
+        record = self._oracle().parent / "curve.json"
+        if not record.exists():
+            raise RecipeError(
+                "an oracle's tokens are unknown", where=str(record), fix="Leave curve.json of its pretraining beside its folder"
+            )
+        return int(json.loads(record.read_text())[-1]["tokens"])
 
     def _resolved(self, entry: dict[str, Any]) -> dict[str, Any]:
         measured = entry["layers"] == AUTO
@@ -308,10 +285,10 @@ class Run:
         """Train and measure, a yield after each step; returns all that was measured."""
         yield from self.prepare()
         stops = {round(share * self.steps) for share in STOPS}
-        told, tokens, seconds, began = list[Measured](), 0, 0.0, time.monotonic()
+        told, tokens, seconds, began = list[Measured](), self._tokens_behind(), 0.0, time.monotonic()
         for step in range(self.steps + 1):
             if self.advance is not None:
-                self.advance(step / self.steps)
+                self.advance(step / max(1, self.steps))
             if step in stops:
                 self._wait()
                 seconds += time.monotonic() - began
@@ -346,7 +323,8 @@ class Run:
             told += read_text(model, place.held_out, place.window, MORE_TEXT)
         rows = place.draw(self.base, self.spec.batch, EVALUATION_SEED)
         told += recall(model, rows, self.pairs, place.eval_rows)
-        told += opened(model, self.base.description)
+        told += find_needles(model, place.needles)
+        told += opened(model, self.base.description) if not self.arm.given else ()
         if place.reading is not None:
             told += place.reading.score(partial(logits, model))
         model.train()

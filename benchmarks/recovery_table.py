@@ -47,13 +47,17 @@ def key(line: Line) -> tuple[str, ...]:
 
 
 def table(lines: Iterable[Line]) -> None:
-    """A row for each arm, means over seeds, the best recall of 64 pairs first; a star where text stays within the limit."""
+    """A row for each arm, means over seeds, the best recall of 64 pairs first; a star where text stays within the limit.
+
+    Text is compared with that of the best run without surgery on the same seeds: their data differ, and the text with them.
+    """
     lines = list(lines)
     costs = {(line["base"], line["arm"], line["metric"]): float(line["value"]) for line in lines if line["task"] == COST}
     for (base, steps, batch), arms in ended(lines).items():
-        last = {arm: [final(run) for run in runs.values()] for arm, runs in arms.items()}
+        by_seed = {arm: {seed: final(run) for seed, run in runs.items()} for arm, runs in arms.items()}
+        last = {arm: list(runs.values()) for arm, runs in by_seed.items()}
         first = {arm: next(iter(runs.values()))[0] for arm, runs in arms.items()}
-        floor = min((mean(last[arm], MORE_TEXT, "bits_per_byte") for arm in arms if first[arm]["axis"] == FLOOR), default=math.nan)
+        floors = [by_seed[arm] for arm in arms if first[arm]["axis"] == FLOOR]
         print(f"\n{base}, {steps} steps of {batch} times the base's tokens\n")
         shown = (*SHOWN, *(part for part in READ if any(part in run for runs in last.values() for run in runs)))
         names = ["arm", "state", "seeds", "bits/byte", "over best lpt", *map(title, shown), *COSTS]
@@ -61,7 +65,7 @@ def table(lines: Iterable[Line]) -> None:
         print("|---|" + "---:|" * (len(names) - 1))
         for arm in sorted(arms, key=lambda arm: -mean(last[arm], MQAR, "accuracy_64")):
             bits = mean(last[arm], MORE_TEXT, "bits_per_byte")
-            over = 100 * (bits / floor - 1)
+            over = 100 * (bits / best_text(floors, by_seed[arm]) - 1)
             star = " *" if over <= LIMIT else ""
             cells = [f"×{float(first[arm]['factor']):g}", str(len(last[arm])), f"{bits:.4f}", f"{over:+.2f} %{star}"]
             cells += [form(metric, [run[task, metric] for run in last[arm] if (task, metric) in run]) for task, metric in shown]
@@ -75,6 +79,13 @@ def table(lines: Iterable[Line]) -> None:
 def final(run: list[Line]) -> Run:
     """Last values; a run's lines are in the order of its steps."""
     return {(line["task"], line["metric"]): float(line["value"]) for line in run}
+
+
+def best_text(floors: list[dict[str, Run]], seeds: Iterable[str]) -> float:
+    """Bits per byte of the best of the runs without surgery, a mean over the given seeds; NaN where none has them all."""
+    seeds = set(seeds)
+    told = [[runs[seed][MORE_TEXT, "bits_per_byte"] for seed in seeds] for runs in floors if seeds <= set(runs)]
+    return min((statistics.mean(values) for values in told), default=math.nan)
 
 
 def mean(runs: list[Run], task: str, metric: str) -> float:
@@ -115,6 +126,9 @@ def draw(lines: Iterable[Line], arms: list[str], path: Path) -> None:
                     if (line["task"], line["metric"]) == metric:
                         points[line["step"]].append((int(line["tokens"]) / 1e6, float(line["value"])))
                 curve = [[statistics.mean(part) for part in zip(*seeds, strict=True)] for seeds in points.values()]
+                if len(curve) == 1:  # an oracle, which was trained elsewhere
+                    axis.axhline(curve[0][1], label=arm, color=f"C{arms.index(arm)}", linestyle=":")
+                    continue
                 marker = MARKERS[arms.index(arm) % len(MARKERS)]
                 axis.plot([x for x, _ in curve], [y for _, y in curve], f"{marker}-", label=arm, color=f"C{arms.index(arm)}")
             axis.set(title=f"{base}, {steps} steps", xlabel="million tokens", ylabel=label)

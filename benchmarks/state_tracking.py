@@ -3,11 +3,17 @@
     python benchmarks/state_tracking.py screen      # one seed, fewer steps, three learning rates a model
     python benchmarks/state_tracking.py confirm     # three seeds at the learning rate that the screen found best
     python benchmarks/state_tracking.py surgery     # trained on text with [0, 1], extended by statex, fine-tuned on text and parity
-    python benchmarks/state_tracking.py table       # summary of the CSV, and the figure
+    python benchmarks/state_tracking.py table       # summary of the CSV, and a figure for each problem
 
 Models are trained from nothing on words of up to 40 symbols, the answer after each symbol predicted, and read 256. A run ends early
 when it is solved. Each run is a line of the CSV, and runs that have theirs are skipped, so every command resumes. `--dry-run` runs
 a few steps of everything on a CPU in seconds, and keeps nothing.
+
+What theory expects: with eigenvalues in [0, 1] nothing beyond the trained length. With [-1, 1] one layer solves parity, but
+counting to more than two takes matrices that are not triangular, so that Mamba, Mamba-2 and GLA, whose matrices are diagonal,
+cannot add modulo 5 (arXiv 2411.12537). A token of DeltaNet reflects once, and two layers of that solve the words of dihedral
+groups (arXiv 2502.10297): S3 is one, and addition modulo 5 is part of one. For A5, which is not solvable, nothing of the kind is
+known.
 
 `surgery` asks this project's own question: does a model that was trained with [0, 1] learn to count in a short fine-tuning run once
 its spectrum is extended, and does its text loss suffer? Beside it, the same fine-tuning without surgery.
@@ -21,7 +27,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,17 +38,34 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from side_by_side import run_side_by_side
-from tracking_runs import BELOW_ZERO, LENGTHS, NO_SURGERY, OUTCOMES, SHAPES, Place, Spec, fine_tuned, from_nothing, text_base
+from tracking_runs import (
+    BELOW_ZERO,
+    GROUPS,
+    LENGTHS,
+    NO_SURGERY,
+    OUTCOMES,
+    SHAPES,
+    Place,
+    Spec,
+    fine_tuned,
+    from_nothing,
+    text_base,
+)
 from transformers.utils.logging import disable_progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent
+SIZES = ("layers", "hidden", "batch")
+"""Fields of a bench that tell models of one size from those of another; a learning rate is chosen for one size."""
 IDENTITY = tuple(field.name for field in fields(Spec))
 ARMS = ("[0, 1]", BELOW_ZERO)
+INITS = ("preserve", "inherit")
+DRAWN = (*ARMS, NO_SURGERY, *INITS)
+"""In this order, each in its colour."""
 RATES = (1e-3, 3e-3, 1e-2)
 TEXT_FAMILIES = ("mamba", "delta_net")
 SEEDS = (4, 5, 6)
 """Of `confirm` and `surgery`. Seeds below went into finding the curriculum, the screen's among them."""
-STEPS = {"screen": 800, "confirm": 2000, "base": 1500, "surgery": 1500}
+STEPS = {"screen": 800, "confirm": 2000, "base": 1200, "surgery": 800}
 TEXT_RATE, TUNING_RATE = 3e-3, 3e-3
 
 Train = Callable[[Place, Spec], Generator[None, None, dict[str, Any]]]
@@ -61,6 +84,9 @@ class Bench:
     batch: int
     scale: float
     """Of the number of steps."""
+    families: tuple[str, ...] = tuple(SHAPES)
+    arms: tuple[str, ...] = ARMS
+    """Of the models that are trained from nothing."""
 
     def spec(self, stage: str, family: str, arm: str, seed: int, rate: float) -> Spec:
         """A run of this bench's sizes."""
@@ -92,31 +118,31 @@ class Bench:
 
 def screen(bench: Bench) -> None:
     """Every family and range of eigenvalues at three learning rates, one seed."""
-    bench.run((bench.spec("screen", family, arm, 0, rate) for family in SHAPES for arm in ARMS for rate in RATES), from_nothing)
+    bench.run((bench.spec("screen", *model, 0, rate) for model in models(bench) for rate in RATES), from_nothing)
 
 
 def confirm(bench: Bench) -> None:
     """Each at the learning rate that did best in the screen, three seeds that nothing was tuned on."""
     rates = best_rates(bench)
-    specs = (bench.spec("confirm", *model, seed, rates.get(model, RATES[1])) for model in models() for seed in SEEDS)
+    specs = (bench.spec("confirm", *model, seed, rates.get(model, RATES[1])) for model in models(bench) for seed in SEEDS)
     bench.run(specs, from_nothing)
 
 
 def surgery(bench: Bench) -> None:
-    """Text models with [0, 1], then the same fine-tuning after either kind of surgery and after none."""
-    bases = [bench.spec("base", family, ARMS[0], seed, TEXT_RATE) for family in TEXT_FAMILIES for seed in SEEDS]
-    bench.run(bases, text_base)
-    for base in bases:
-        if not bench.place.base(base).exists():
-            raise SystemExit(f"the CSV has the base model {bench.place.base(base)}, which is gone: give its --work folder")
-    arms = (NO_SURGERY, "preserve", "inherit")
-    specs = (bench.spec("surgery", family, arm, seed, TUNING_RATE) for family in TEXT_FAMILIES for arm in arms for seed in SEEDS)
-    bench.run(specs, fine_tuned)
+    """Text models with [0, 1], then the same fine-tuning after surgery and after none; a family after the other."""
+    for family in (family for family in TEXT_FAMILIES if family in bench.families):
+        bases = [bench.spec("base", family, ARMS[0], seed, TEXT_RATE) for seed in SEEDS]
+        bench.run(bases, text_base)
+        for base in bases:
+            if not bench.place.base(base).exists():
+                raise SystemExit(f"the CSV has the base model {bench.place.base(base)}, which is gone: give its --work folder")
+        arms = (NO_SURGERY, *INITS)
+        bench.run((bench.spec("surgery", family, arm, seed, TUNING_RATE) for seed in SEEDS for arm in arms), fine_tuned)
 
 
-def models() -> list[tuple[str, str]]:
+def models(bench: Bench) -> list[tuple[str, str]]:
     """(family, arm) of all models that are trained from nothing."""
-    return [(family, arm) for family in SHAPES for arm in ARMS]
+    return [(family, arm) for family in bench.families for arm in bench.arms]
 
 
 def best_rates(bench: Bench) -> dict[tuple[str, str], float]:
@@ -126,19 +152,32 @@ def best_rates(bench: Bench) -> dict[tuple[str, str], float]:
         return float(line[f"accuracy_{LENGTHS[-1]}"]), -float(line["solved_at"] or line["steps"])
 
     best: dict[tuple[str, str], dict[str, str]] = {}
+    screened = {"stage": "screen", "problem": bench.problem, **{name: str(getattr(bench, name)) for name in SIZES}}
     for line in bench.lines():
         key = line["family"], line["arm"]
-        if line["stage"] == "screen" and line["problem"] == bench.problem and (key not in best or merit(line) > merit(best[key])):
+        if screened.items() <= line.items() and (key not in best or merit(line) > merit(best[key])):
             best[key] = line
     return {key: float(line["learning_rate"]) for key, line in best.items()}
 
 
 def table(bench: Bench) -> None:
-    """A row for each model of the stages `confirm`, `base` and `surgery`; means over seeds, the worst and the best in brackets."""
-    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    """For each problem a row for each kind of model of the stages `confirm`, `base` and `surgery`, and a figure."""
+    by_problem: dict[str, dict[tuple[str, str, str], list[dict[str, str]]]] = {}
     for line in bench.lines():
-        if line["stage"] != "screen" and line["problem"] == bench.problem:
-            groups.setdefault((line["stage"], line["family"], line["arm"]), []).append(line)
+        if line["stage"] != "screen":
+            panel = f"{line['layers']} × {line['hidden']}, {line['steps']} steps"
+            key = line["stage"], f"{line['family']}, {panel}", line["arm"]
+            by_problem.setdefault(line["problem"], {}).setdefault(key, []).append(line)
+    for problem, groups in by_problem.items():
+        print(f"\n{problem}\n")
+        summary(groups)
+        picked = {key: lines for key, lines in groups.items() if key[0] in ("confirm", "surgery")}
+        suffix = "" if problem == "parity" else f"-{problem}"
+        draw(picked, bench.results.with_name(f"{bench.results.stem}{suffix}.png"))
+
+
+def summary(groups: dict[tuple[str, str, str], list[dict[str, str]]]) -> None:
+    """A row for each kind of model; means over seeds, the worst and the best in brackets."""
     names = [f"{length} symbols" for length in LENGTHS]
     print(f"| stage | model | eigenvalues, surgery | seeds | {' | '.join(names)} | solved at step | bits/byte |")
     print("|---|---|---|---|" + "---|" * (len(names) + 2))
@@ -149,7 +188,6 @@ def table(bench: Bench) -> None:
             spread([float(line[name]) for line in lines], ".3f") for name in ("bits_before", "bits_after") if lines[0][name]
         )
         print(f"| {stage} | {family} | {arm} | {len(lines)} | {' | '.join(shares)} | {solved} | {bits} |")
-    draw({key: lines for key, lines in groups.items() if key[0] in ("confirm", "surgery")}, bench.results.with_suffix(".png"))
 
 
 def spread(values: list[float], form: str) -> str:
@@ -160,23 +198,29 @@ def spread(values: list[float], form: str) -> str:
 
 
 def draw(groups: dict[tuple[str, str, str], list[dict[str, str]]], path: Path) -> None:
-    """Accuracy by length, a panel for each stage and family, a line for each seed."""
+    """Accuracy by length, a panel for each stage and model, a line for each seed."""
     panels = list(dict.fromkeys(key[:2] for key in groups))
     if not panels:
         return
-    figure, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels), 2.8), sharey=True, squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
-        arms = [key for key in groups if key[:2] == panel]
-        for color, key in enumerate(arms):
+    columns = min(len(panels), 5)
+    rows = -(-len(panels) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(2.6 * columns, 3 * rows), sharey=True, squeeze=False)
+    for axis in grid.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (stage, model) in zip(grid.flat, panels, strict=False):
+        arms = sorted((key for key in groups if key[:2] == (stage, model)), key=lambda key: DRAWN.index(key[2]))
+        for key in arms:
             for number, line in enumerate(groups[key]):
                 shares = [float(line[f"accuracy_{length}"]) for length in LENGTHS]
-                axis.plot(LENGTHS, shares, "o-", color=f"C{color}", alpha=0.7, label=None if number else key[2])
-        axis.set(title=f"{panel[1]} ({panel[0]})", xlabel="symbols", xscale="log", ylim=(0.4, 1.03))
+                axis.plot(LENGTHS, shares, "o-", color=f"C{DRAWN.index(key[2])}", alpha=0.7, label=None if number else key[2])
+        axis.set_title(f"{stage}: {model}".replace(", ", "\n", 1), fontsize=9)
+        axis.set(xlabel="symbols", xscale="log", ylim=(0, 1.03))
         axis.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    axes[0][0].set_ylabel("right answers")
+    for axes in grid:
+        axes[0].set_ylabel("right answers")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
@@ -188,7 +232,7 @@ COMMANDS = {"screen": screen, "confirm": confirm, "surgery": surgery, "table": t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commands", nargs="+", choices=[*COMMANDS])
-    parser.add_argument("--problem", default="parity", help="also modular_addition, s3_words, a5_words")
+    parser.add_argument("--problem", choices=[*GROUPS], default="parity")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/state_tracking-h100.csv, or -cpu.csv on a CPU")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "state_tracking", help="folder of the text models")
     parser.add_argument("--at-once", type=int, default=8, help="runs that share the device")
@@ -196,6 +240,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of steps")
+    parser.add_argument("--families", nargs="+", choices=[*SHAPES], default=[*SHAPES])
+    parser.add_argument("--below-zero-only", action="store_true", help="of models from nothing those with [-1, 1] only")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dry-run", action="store_true", help="a few steps of everything on a CPU; nothing is kept")
     args = parser.parse_args()
@@ -210,6 +256,7 @@ def main() -> None:
         sizes = {"width": 32, "text_windows": 4, "words": 8} if args.dry_run else {"width": 256, "text_windows": 512, "words": 4096}
         place = Place(device, args.work, **sizes)
         bench = Bench(place, results, args.problem, args.at_once, args.layers, args.hidden, args.batch, args.scale)
+        bench = replace(bench, families=tuple(args.families), arms=ARMS[1:] if args.below_zero_only else ARMS)
         for command in args.commands:
             COMMANDS[command](bench)
 

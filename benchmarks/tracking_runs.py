@@ -30,6 +30,8 @@ GROUPS = {"parity": "Z2", "modular_addition": "Z5", "s3_words": "S3", "a5_words"
 LENGTHS = (40, 64, 128, 256)
 SHORTEST, LONGEST, KNOWN, SOLVED = 6, 40, 0.95, 0.999
 GROW_EVERY, CHECK_EVERY = 5, 50
+DRAWN_AT_ONCE = 20
+"""Batches of words; a word takes a dozen launches, whatever their number."""
 RATE_FACTORS = (1.0, 30.0)
 """On the learning rate of all weights, and of ρ, which has far to go from 0, where the function is the source's."""
 SHAPES: dict[str, dict[str, Any]] = {
@@ -176,9 +178,10 @@ class Training:
         self.optimizer = torch.optim.AdamW(options, betas=(0.9, 0.99), weight_decay=0.0, fused=on_gpu, capturable=on_gpu)
         self.ids = torch.zeros(spec.batch, LONGEST, dtype=torch.long, device=device)
         self.answers, self.weights = torch.zeros_like(self.ids), torch.zeros(LONGEST, device=device)
-        self.text = torch.zeros(spec.batch // 4, width, dtype=torch.long, device=device)
+        self.text = torch.zeros(max(1, spec.batch // 8), width, dtype=torch.long, device=device)
         self.step = Captured(self._work, device)
         self.right, self.length = torch.zeros(LONGEST, device=device), SHORTEST
+        self.drawn: list[tuple[Tensor, Tensor]] = []
 
     def _work(self) -> None:
         loss = torch.zeros((), device=self.model.device)
@@ -204,8 +207,8 @@ class Training:
             if self.words is not None and step % GROW_EVERY == 0:
                 self._grow(step / self.spec.steps)
             # With text, the whole run is run: its loss is part of the question.
-            looks = check is not None and self.books is None and step % CHECK_EVERY == 0
-            if looks and accuracies(self.model, check, 512)[LENGTHS[-1]] >= SOLVED:
+            due = self.books is None and step % CHECK_EVERY == 0
+            if due and check is not None and accuracies(self.model, check, 512)[LENGTHS[-1]] >= SOLVED:
                 return step
         return None
 
@@ -222,7 +225,11 @@ class Training:
             tensor.fill_(rate * factor)
         if self.words is not None:
             self.weights.zero_()[: self.length].fill_(1 / self.length)
-            ids, answers = self.words.draw(*self.ids.shape)
+            if not self.drawn:
+                batch, longest = self.ids.shape
+                drawn = self.words.draw(DRAWN_AT_ONCE * batch, longest)
+                self.drawn = list(zip(*(part.split(batch) for part in drawn), strict=True))
+            ids, answers = self.drawn.pop()
             self.ids.copy_(ids)
             self.answers.copy_(answers)
         if self.books is not None:
@@ -267,7 +274,9 @@ def _line(place: Place, spec: Spec, began: float, model: StatexForCausalLM, **ou
     """A line of the CSV, with the accuracy of the model as it is."""
     shares = accuracies(model, Words(spec.problem, place.device, spec.seed + 2000), place.words)
     outcomes |= {f"accuracy_{length}": share for length, share in shares.items()}
-    told = {name: round(value, 4) if isinstance(value, float) else value for name, value in outcomes.items() if value is not None}
+    told: dict[str, Any] = {
+        name: round(value, 4) if isinstance(value, float) else value for name, value in outcomes.items() if value is not None
+    }
     device = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else "CPU"
     told |= {"seconds": round(time.monotonic() - began, 1), "device": device, "torch": torch.__version__}
     return asdict(spec) | dict.fromkeys(OUTCOMES, "") | told

@@ -41,9 +41,11 @@ CONFIGS = {
 EXPANSION = 4
 PAPER_LAYERS = {"gla": 6, "mamba2": 1}
 """StateX expands every so many layers."""
-LENGTHS = (65_536, 32_768, 16_384, 8_192)
+LENGTHS = (65_536, 32_768, 16_384, 8_192, 0)
+"""Tokens in a row; 0: generation."""
+
 DECODE_BATCHES = (1, 64)
-NEW_TOKENS = 64
+NEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Job:
 
 def jobs(families: list[str], impls: list[str], lengths: list[int]) -> Iterator[Job]:
     """The longest rows first, fla beside the plans that it can hold."""
-    for tokens in (*sorted(lengths, reverse=True), 0):
+    for tokens in sorted(lengths, reverse=True):
         for family in families:
             for plan in ("base", "paper", "all"):
                 if "statex" in impls:
@@ -221,7 +223,7 @@ def main() -> None:
         return
     require_device(parser, args.device)
     began = time.monotonic()
-    lengths = [int(n) for n in args.lengths.split(",") if n != "0"]
+    lengths = [int(n) for n in args.lengths.split(",")]
     for job in jobs(args.family.split(","), args.impl.split(","), lengths):
         wanted = [("train", 1, job.tokens)] if job.tokens else [("generate", batch, NEW_TOKENS) for batch in DECODE_BATCHES]
         have = known(args.out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,11 +62,11 @@ def outputs(run: Any) -> torch.Tensor:
 
 def test_arms_have_names_of_their_own_and_extras_that_exist() -> None:
     from recovery_arms import ARMS
-    from recovery_extras import DISTILLED, EXTRAS
+    from recovery_extras import DISTILLED, EXTRAS, named
 
     names = [(arm.family, arm.name) for arm in ARMS]
     assert len(set(names)) == len(names)
-    assert {arm.extra.partition(":")[0] for arm in ARMS} <= {*EXTRAS, DISTILLED, ""}
+    assert {name for arm in ARMS for name, _ in named(arm.extra)} <= {*EXTRAS, DISTILLED}
 
 
 def test_the_surgery_of_every_arm_applies_to_the_committed_bases() -> None:
@@ -101,7 +102,7 @@ def test_runs_leave_their_lines_and_are_not_done_again(shared_place: Any, tmp_pa
     work(shared_place, RUN, new_queue(shared_place, missing(specs, results, RUN), tmp_path / "b"), results)
     assert not missing(specs, results, RUN)
     told = lines(results)
-    assert {line["task"] for line in told} == {"books", "more books", "mqar", "opened", "run"}
+    assert {line["task"] for line in told} == {"books", "more books", "mqar", "needle", "opened", "run"}
     lifted = [line for line in told if line["arm"] == "lift4" and line["base"] == "gla-quickstart"]
     assert {(line["factor"], line["layers"]) for line in lifted} == {("4.0", "0 1 2 3")}
     opened = [float(line["value"]) for line in lifted if line["metric"] == "gamma_rms"]
@@ -193,6 +194,62 @@ def test_an_annealed_merge_ends_as_the_stock_model(shared_place: Any) -> None:
     torch.testing.assert_close(outputs(run), outputs(prepared(shared_place, "gla-quickstart", "merge-inherit")), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("base", ["mamba2-books", "gla-quickstart"])
+def test_faster_rows_go_ten_times_as_far_and_old_rows_as_far_as_ever(shared_place: Any, base: str) -> None:
+    moved = {}
+    for arm in ("widen4@3e-4", "widen4@3e-4-rows10"):
+        run = prepared(shared_place, base, arm)
+        parameters = {name: parameter.detach() for name, parameter in run.model.named_parameters()}
+        before = {name: parameter.clone() for name, parameter in parameters.items()}
+        run.step(0)
+        moved[arm] = {name: parameters[name] - before[name] for name in parameters}
+    plain, fast = moved.values()
+    assert run.new_rows
+    for name, runs in run.new_rows.items():
+        for rows in runs:
+            plain[name][rows] *= 10
+    assert any(plain[name][rows].abs().max() > 0 for name, runs in run.new_rows.items() for rows in runs)
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-3)
+
+
+def test_an_oracle_is_measured_and_told_with_the_tokens_behind_it(shared_place: Any, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from recovery import RUN, lines, work, work_list
+
+    base = shared_place.bases["gla-quickstart"]
+    statex.expand(base.folder, tmp_path / "x4" / "checkpoint", operator="widen_state", layers="all", progress=False)
+    (tmp_path / "x4" / "curve.json").write_text('[{"tokens": 5}, {"tokens": 98765}]')
+    place = replace(shared_place, oracles={"gla-quickstart": tmp_path / "x4" / "checkpoint"})
+    specs = work_list({base.name: base}, ["oracle"], [0], [2], 1.0)
+    work(place, RUN, new_queue(place, specs, tmp_path / "claims"), tmp_path / "runs.csv")
+    told = lines(tmp_path / "runs.csv")
+    assert {(line["tokens"], line["step"], line["factor"]) for line in told} == {("98765", "0", "4.0")}
+    assert {"books", "mqar", "needle"} <= {line["task"] for line in told}
+
+
+def test_needles_are_found_by_a_model_that_reads_ahead_and_their_digits_alone_count(
+    shared_place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import recovery_measures
+
+    stub: Any = None
+
+    def told(off_by: torch.Tensor) -> dict[str, float]:
+        def sure(model: Any, ids: torch.Tensor) -> torch.Tensor:
+            ahead = (ids + off_by)[:, 1:]
+            return torch.nn.functional.pad(torch.nn.functional.one_hot(ahead, 300), (0, 0, 0, 1))
+
+        monkeypatch.setattr(recovery_measures, "logits", sure)
+        return {metric: value for _, metric, value in recovery_measures.find_needles(stub, shared_place.needles)}
+
+    width = shared_place.needles.shape[1]
+    everywhere, last_digit = torch.ones(width, dtype=torch.long), torch.zeros(width, dtype=torch.long)
+    everywhere[-7:-2], last_digit[-3] = 0, 1
+    assert told(everywhere) == {"exact": 1.0, "digits": 1.0}
+    assert told(last_digit) == {"exact": 0.0, "digits": 0.8}
+
+
 def test_all_arms_read_the_same_rows(shared_place: Any) -> None:
     first, second = (prepared(shared_place, "gla-quickstart", arm) for arm in ("lpt@1e-3", "widen2+lift2"))
     for (ids, _), (others, _) in zip(first.batches(4), second.batches(4), strict=True):
@@ -204,7 +261,7 @@ def test_a_captured_step_reads_each_batch_and_adds_to_the_same_gradients(monkeyp
     """With a stand-in for CUDA's graphs, whose replay is the work on the tensors that were captured."""
     from contextlib import nullcontext
 
-    from recovery_runs import WARM_UP, Backward
+    from recovery_graphs import WARM_UP, Backward
 
     weight, calls = torch.nn.Parameter(torch.randn(5, 3)), []
 
@@ -243,3 +300,16 @@ def test_costs_are_told_of_steps_and_tokens(shared_place: Any, tmp_path: Path) -
     assert told["train_ms"] > 0
     assert told["decode_ms_batch_1"] > 0
     assert not missing(specs, tmp_path / "costs.csv", COST)
+
+
+def test_text_is_compared_with_the_best_run_without_surgery_on_the_same_seeds() -> None:
+    from recovery_measures import MORE_TEXT
+    from recovery_table import best_text
+
+    slow, fast = (
+        {seed: {(MORE_TEXT, "bits_per_byte"): bits} for seed, bits in runs.items()} for runs in ({"0": 2.0, "1": 1.8}, {"0": 1.9})
+    )
+    assert best_text([slow, fast], ["0"]) == 1.9
+    assert best_text([slow, fast], ["1"]) == 1.8
+    assert best_text([slow, fast], ["0", "1"]) == pytest.approx(1.9)
+    assert math.isnan(best_text([slow, fast], ["2"]))

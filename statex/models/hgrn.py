@@ -173,4 +173,5 @@ def forget(logits: Tensor, lower_bound: Tensor | None) -> tuple[Tensor, Tensor]:
     limits = torch.finfo(logits.dtype)
     # The logarithms of b and 1 - b must exist; no gate notices.
     bound = lower_bound.to(logits.dtype).clamp(limits.tiny, 1 - limits.eps)
-    return (1 - bound) * keys, torch.logaddexp(bound.log(), torch.log1p(-bound) + log_decay)
+    # Both terms are rounded, so that a gate that is all but open comes out a little above 1.
+    return (1 - bound) * keys, torch.logaddexp(bound.log(), torch.log1p(-bound) + log_decay).clamp(max=0)

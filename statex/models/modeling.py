@@ -26,7 +26,7 @@ from .hgrn import HGRNMixer
 from .loss import next_token_loss
 from .mamba import MambaMixer
 from .mamba2 import Mamba2Mixer
-from .token_graph import CURRENT, TokenGraph, can_capture
+from .token_graph import CURRENT, TokenGraph, can_capture, current_graph
 
 MIXERS: dict[str, type[Mixer]] = {
     "gla": GLAMixer,
@@ -256,7 +256,7 @@ class StatexForCausalLM(StatexPreTrainedModel, GenerationMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. On a GPU one token's forward is captured and replayed as a CUDA graph, unless `disable_compile`."""
-        config = kwargs.get("generation_config") or self.generation_config
+        config = kwargs.get("generation_config", args[1] if len(args) > 1 else None) or self.generation_config
         wanted = not kwargs.get("disable_compile", config.disable_compile) and can_capture(self)
         token = CURRENT.set(TokenGraph() if wanted else None)
         try:
@@ -303,7 +303,7 @@ class StatexForCausalLM(StatexPreTrainedModel, GenerationMixin):
         """
         if use_cache is None and labels is not None:
             use_cache = False
-        if (graph := CURRENT.get()) is not None and input_ids is not None and past_key_values is not None:
+        if (graph := current_graph()) is not None and input_ids is not None and past_key_values is not None:
             bare = inputs_embeds is None and labels is None and cu_seqlens is None and not output_hidden_states
             if bare and input_ids.shape[1] == 1 and past_key_values.is_initialized:
                 logits = graph(partial(self._token_logits, cache=past_key_values), input_ids, past_key_values)

@@ -72,6 +72,11 @@ CURRENT: ContextVar[TokenGraph | None] = ContextVar("token graph of the generati
 """A context variable, since threads may generate with one model side by side."""
 
 
+def current_graph() -> TokenGraph | None:
+    """The graph of the generation under way, if there is one. While torch.compile traces a model there is none."""
+    return None if torch.compiler.is_compiling() else CURRENT.get()
+
+
 def can_capture(model: nn.Module) -> bool:
     """Whether a model's forward is a sequence of launches on one GPU: nothing offloaded, sharded or in training."""
     places = {parameter.device for parameter in model.parameters()}

@@ -1,13 +1,13 @@
-"""AdamW's parameter groups by role, and the learning rate of a step."""
+"""AdamW's parameter groups by role, rows that move further than their parameter, and the learning rate of a step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import RecipeError
 from ..families import Role, get_family
@@ -45,9 +45,14 @@ def freeze(model: nn.Module, roles: Mapping[str, TrainingRole], options: Optimiz
 
 
 def build_optimizer(
-    model: nn.Module, roles: Mapping[str, TrainingRole], undecayed: Collection[str], options: Optimizer
+    model: nn.Module,
+    roles: Mapping[str, TrainingRole],
+    undecayed: Collection[str],
+    options: Optimizer,
+    rows: Mapping[str, Sequence[slice]],
 ) -> torch.optim.AdamW:
-    """AdamW with a group for each role and decay; each group's `multiplier` scales the learning rate."""
+    """AdamW with a group for each role and decay, whose `multiplier` scales the learning rate, and with `rows` (of `new_rows`) that
+    move `options.multipliers.rows` times as far in each step."""
     groups: list[dict[str, Any]] = []
     for role in get_args(TrainingRole):
         for decayed in (True, False):
@@ -65,7 +70,36 @@ def build_optimizer(
                         "weight_decay": options.weight_decay if decayed else 0.0,
                     }
                 )
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=True)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parts = [(trained[name], run) for name, runs in rows.items() if name in trained for run in runs]
+    if parts and options.multipliers.rows != 1:
+        _move_further(optimizer, parts, options.multipliers.rows)
+    return optimizer
+
+
+def _move_further(optimizer: torch.optim.Optimizer, parts: Sequence[tuple[nn.Parameter, slice]], factor: float) -> None:
+    """Let rows of parameters move `factor` times as far in a step as the optimizer moves them.
+
+    A step of AdamW, weight decay included, is proportional to the rate, so that this is the step at `factor` times the rate.
+    Nothing is kept from one step to the next that a resumed run would lack.
+    """
+    before = [parameter.detach()[rows].clone() for parameter, rows in parts]
+
+    def now() -> list[Tensor]:
+        # Views of this very moment: a model that accelerate moves, if only from cpu to cpu:0, has its parameters elsewhere then.
+        return [parameter.detach()[rows] for parameter, rows in parts]
+
+    @torch.no_grad()
+    def remember(*step: Any) -> None:
+        torch._foreach_copy_(before, now())
+
+    @torch.no_grad()
+    def go_on(*step: Any) -> None:
+        torch._foreach_lerp_(now(), before, 1 - factor)  # before + factor (now - before)
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(go_on)
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: Schedule) -> float:

@@ -16,6 +16,7 @@ from ..checkpoints import Checkpoint, open_checkpoint
 from ..errors import RecipeError
 from ..models import load
 from ..models.named import load_tokenizer
+from ..surgery.new_rows import new_rows
 from .card import model_card, run_provenance
 from .data.packing import Packer
 from .data.readers import Shard
@@ -145,6 +146,7 @@ def _trainer(recipe: Recipe, source: Checkpoint, store: RunStore, accelerator: A
         recipe,
         roles,
         undecayed_names(source.description),
+        new_rows(source.description, source.provenance),
         packer=packer,
         evaluation=evaluation,
         accelerator=accelerator,

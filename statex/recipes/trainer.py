@@ -12,7 +12,7 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
@@ -119,7 +119,7 @@ class Trainer:
     Args:
         model: fp32 weights, already frozen where the recipe says so.
         recipe: lengths, rates and cadences.
-        roles, undecayed: of the parameters by name; see `optimizer`.
+        roles, undecayed, rows: of the parameters by name; see `optimizer`.
         packer, evaluation: rows to train on, and held-out rows (None: no evaluation).
         accelerator, store: where to run, and the run's folder.
     """
@@ -130,6 +130,7 @@ class Trainer:
         recipe: Recipe,
         roles: dict[str, Any],
         undecayed: set[str],
+        rows: Mapping[str, Sequence[slice]],
         *,
         packer: Packer,
         evaluation: Packer | None,
@@ -142,7 +143,7 @@ class Trainer:
         self.tokens_per_step = recipe.data.sequence_length * training.batch_size * self.accumulation * accelerator.num_processes
         self.total = recipe.schedule.max_steps or -(-(recipe.schedule.max_tokens or 0) // self.tokens_per_step)
         self.model = model.to(accelerator.device)
-        self.optimizer = build_optimizer(self.model, roles, undecayed, recipe.optimizer)
+        self.optimizer = build_optimizer(self.model, roles, undecayed, recipe.optimizer, rows)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.parallel = accelerator.prepare_model(self.model)
         dtype = compute_dtype(training.precision, accelerator.device)

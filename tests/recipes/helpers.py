@@ -13,6 +13,7 @@ import yaml
 from transformers import ByT5Tokenizer
 
 from statex.checkpoints import CheckpointWriter, TensorInfo, canonical_config, open_checkpoint
+from statex.surgery import expand_checkpoint
 from tests.fixtures import write_gla, write_mamba2
 
 VOCAB = 264
@@ -52,6 +53,12 @@ def write_lifted(path: Path, base: Path) -> Path:
                 writer.add(name, source.load(name))
             writer.add(new, gamma)
             writer.finish(config, source.carried_files)
+    return path
+
+
+def write_widened(path: Path, base: Path) -> Path:
+    """`base` with a wider state in layer 1: rows that surgery appended, in tensors that it had."""
+    expand_checkpoint(base, path, operator="widen_state", factor=2, layers=[1], progress=False)
     return path
 
 

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from statex.errors import RecipeError
 from statex.recipes import finetune
 from statex.recipes.reporting import read_log
 
-from .helpers import write_byte_gla, write_recipe
+from .helpers import write_byte_gla, write_recipe, write_widened
 
 SCRIPT = """
 import shutil, sys
@@ -49,13 +50,15 @@ def launch(*arguments: Path) -> list[subprocess.CompletedProcess[str]]:
 
 
 def test_two_processes_train_as_one_with_both_batches(tmp_path: Path) -> None:
-    base = write_byte_gla(tmp_path / "base")
+    base = write_widened(tmp_path / "wide", write_byte_gla(tmp_path / "base"))
     # Each row holds one recall row, so that both runs see the same rows in a step; processes differ in how many labels they hold.
     data = {"mixture": [{"kind": "mqar", "num_pairs": [5, 8]}]}
     held_out = {"mixture": data["mixture"], "tokens": 64}
-    schedule = {"max_steps": 4}
-    one = write_recipe(tmp_path / "one.yaml", data=data, evaluation=held_out, schedule=schedule, training={"batch_size": 2})
-    two = write_recipe(tmp_path / "two.yaml", data=data, evaluation=held_out, schedule=schedule, training={"batch_size": 1})
+    shared: dict[str, Any] = {
+        "data": data, "evaluation": held_out, "schedule": {"max_steps": 4}, "optimizer": {"multipliers": {"rows": 10.0}},
+    }  # fmt: skip
+    one = write_recipe(tmp_path / "one.yaml", **shared, training={"batch_size": 2})
+    two = write_recipe(tmp_path / "two.yaml", **shared, training={"batch_size": 1})
     finetune(base, one, None, tmp_path / "alone", device="cpu", progress=False)
     for process in launch(base, two, tmp_path / "together"):
         assert process.returncode == 0, process.stderr

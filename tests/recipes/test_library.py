@@ -21,7 +21,7 @@ def test_every_shipped_recipe_is_valid_and_described() -> None:
 
 def test_lpt_differs_from_recovery_only_in_multipliers_and_description() -> None:
     recovery, lpt = (load_recipe(name).model_dump() for name in ("recovery", "lpt"))
-    assert lpt["optimizer"].pop("multipliers") == {"new": 1.0, "expanded": 1.0, "rest": 1.0}
+    assert lpt["optimizer"].pop("multipliers") == {"new": 1.0, "expanded": 1.0, "rows": 1.0, "rest": 1.0}
     recovery["optimizer"].pop("multipliers")
     assert lpt.pop("description") != recovery.pop("description")
     assert lpt == recovery
@@ -77,6 +77,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(override: str, ke
     ("override", "told"),
     [
         ("data.sequence_length=1", "data.sequence_length"),
+        ("optimizer.multipliers.rows=0", "optimizer.multipliers.rows': must be above 0, since frozen rows stay"),
         ("data.mixture=[]", "data.mixture"),
         ("optimizer.learning_rate=-1", "optimizer.learning_rate"),
         ("optimizer.learning_rate=fast", "optimizer.learning_rate"),

@@ -2,28 +2,36 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from statex.checkpoints import open_checkpoint
 from statex.errors import RecipeError
-from statex.models import load
+from statex.models import StatexForCausalLM, load
 from statex.recipes.guard import LossGuard
 from statex.recipes.optimizer import build_optimizer, freeze, learning_rate, set_learning_rate, training_roles, undecayed_names
 from statex.recipes.schema import Multipliers, Optimizer, Schedule, SpikeGuard
+from statex.surgery.new_rows import new_rows
+from tests.surgery.helpers import LIFT, MERGE, WIDEN, expand, write
 
 from .helpers import write_byte_gla, write_byte_mamba2, write_lifted
 
 OPTIONS = Optimizer(learning_rate=1e-3, weight_decay=0.1, multipliers=Multipliers(new=10, expanded=3, rest=1))
 
 
-def groups_by_name(path: Path, options: Optimizer) -> tuple[torch.optim.Optimizer, dict[str, dict]]:
-    model = load(path, dtype=torch.float32)
+def prepared(path: Path, options: Optimizer, dtype: torch.dtype = torch.float32) -> tuple[StatexForCausalLM, torch.optim.Optimizer]:
+    model = load(path, dtype=dtype)
     with open_checkpoint(path) as checkpoint:
         roles = training_roles([name for name, _ in model.named_parameters()], checkpoint.provenance)
         freeze(model, roles, options)
-        optimizer = build_optimizer(model, roles, undecayed_names(checkpoint.description), options)
+        rows = new_rows(checkpoint.description, checkpoint.provenance)
+        return model, build_optimizer(model, roles, undecayed_names(checkpoint.description), options, rows)
+
+
+def groups_by_name(path: Path, options: Optimizer) -> tuple[torch.optim.Optimizer, dict[str, dict]]:
+    _, optimizer = prepared(path, options)
     return optimizer, {name: group for group in optimizer.param_groups for name in group["param_names"]}
 
 
@@ -92,6 +100,92 @@ def test_freezing_everything_is_refused(tmp_path: Path) -> None:
     options = Optimizer(learning_rate=1e-3, multipliers=Multipliers(new=1, expanded=1, rest=0))
     with pytest.raises(RecipeError, match="no parameter has a learning rate"):
         groups_by_name(write_byte_gla(tmp_path / "base"), options)
+
+
+# --- rows that surgery appended --------------------------------------------------------------------------------------------
+
+WIDENED: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
+    "gla": ("gla", {"num_kv_heads": 2, "use_short_conv": True, "conv_bias": True}, [{**WIDEN, "factor": 3}]),
+    "gla, all three": ("gla", {}, [{**MERGE, "factor": 2}, {**WIDEN, "factor": 2}, LIFT]),
+    "mamba2": ("mamba2", {"n_groups": 2, "use_bias": True}, [{**WIDEN, "factor": 2}]),
+    "mamba": ("mamba", {}, [{**WIDEN, "factor": 2, "layers": [1]}]),
+}
+Parameters = dict[str, torch.Tensor]
+
+
+def trained(path: Path, steps: int, rate: float = 1e-3, **multipliers: float) -> tuple[Parameters, Parameters]:
+    """Parameters in fp64 as loaded, and after some steps of gradients that are the same for every rate."""
+    options = Optimizer(learning_rate=rate, weight_decay=0.1, multipliers=Multipliers(**multipliers))
+    model, optimizer = prepared(path, options, torch.float64)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    set_learning_rate(optimizer, rate)
+    draws = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        for parameter in model.parameters():
+            gradient = torch.randn(parameter.shape, generator=draws, dtype=torch.float64)
+            parameter.grad = gradient if parameter.requires_grad else None
+        optimizer.step()
+    return start, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture(scope="module", params=WIDENED)
+def widened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint with new rows, and a mask of them for each of its tensors."""
+    folder, (family, config, plan) = tmp_path_factory.mktemp("widened"), WIDENED[request.param]
+    expand(write(family, folder / "base", **config), folder / "wide", *plan)
+    with open_checkpoint(folder / "wide") as checkpoint:
+        masks = {name: torch.zeros(info.shape, dtype=torch.bool) for name, info in checkpoint.tensors.items()}
+        for name, runs in new_rows(checkpoint.description, checkpoint.provenance).items():
+            for run in runs:
+                masks[name][run] = True
+    assert any(mask.any() for mask in masks.values())
+    return folder / "wide", masks
+
+
+def test_new_rows_move_ten_times_as_far_in_a_step_and_all_else_as_before(widened: tuple[Path, Parameters]) -> None:
+    path, masks = widened
+    start, plain = trained(path, steps=1)
+    _, fast = trained(path, steps=1, rows=10.0)
+    for name, mask in masks.items():
+        assert torch.equal(fast[name][~mask], plain[name][~mask]), name
+        assert bool((plain[name] != start[name]).all()), name
+        step = (plain[name] - start[name])[mask]
+        torch.testing.assert_close((fast[name] - start[name])[mask], 10 * step, atol=1e-13, rtol=1e-10)
+
+
+def test_new_rows_are_trained_as_at_ten_times_the_rate_weight_decay_and_moments_included(widened: tuple[Path, Parameters]) -> None:
+    path, masks = widened
+    (_, rows), (_, all_fast), (_, plain) = trained(path, 4, rows=10.0), trained(path, 4, rate=1e-2), trained(path, 4)
+    for name, mask in masks.items():
+        torch.testing.assert_close(rows[name], torch.where(mask, all_fast[name], plain[name]), atol=1e-13, rtol=1e-10)
+
+
+def test_the_factor_of_rows_goes_on_top_of_that_of_their_tensor(widened: tuple[Path, Parameters]) -> None:
+    path, masks = widened
+    (start, plain), (_, fast) = trained(path, 1), trained(path, 1, rows=5.0, expanded=3.0)
+    for name, mask in masks.items():
+        torch.testing.assert_close((fast[name] - start[name])[mask], 15 * (plain[name] - start[name])[mask], atol=1e-13, rtol=1e-10)
+
+
+def test_rows_of_a_frozen_tensor_stay(widened: tuple[Path, Parameters]) -> None:
+    path, masks = widened
+    start, after = trained(path, 2, rows=10.0, expanded=0.0)
+    assert all(torch.equal(start[name], after[name]) for name, mask in masks.items() if mask.any())
+    assert any(not torch.equal(start[name], after[name]) for name in masks)
+
+
+@pytest.mark.parametrize(("wide", "rows", "works"), [(True, 10.0, True), (True, 1.0, False), (False, 10.0, False)])
+def test_a_step_without_faster_rows_does_no_more_work_than_before(tmp_path: Path, wide: bool, rows: float, works: bool) -> None:
+    path = write("gla", tmp_path / "base")
+    if wide:
+        expand(path, tmp_path / "wide", {**WIDEN, "factor": 2})
+        path = tmp_path / "wide"
+    _, optimizer = prepared(path, Optimizer(learning_rate=1e-3, multipliers=Multipliers(rows=rows)))
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    assert [len(hook) for hook in hooks] == [int(works)] * 2
+
+
+# --- the rate ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_rate_warms_up_linearly_and_ends_at_its_ratio() -> None:

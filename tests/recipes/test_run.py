@@ -18,7 +18,7 @@ from statex.recipes import FinetuneResult, finetune, load_recipe
 from statex.recipes.reporting import read_log
 from statex.recipes.trainer import Trainer, accumulation_steps
 
-from .helpers import write_byte_gla, write_byte_mamba2, write_documents, write_lifted, write_recipe
+from .helpers import write_byte_gla, write_byte_mamba2, write_documents, write_lifted, write_recipe, write_widened
 
 
 @pytest.fixture(autouse=True)
@@ -170,15 +170,31 @@ def test_the_log_tells_how_far_what_surgery_added_has_opened(tmp_path: Path, bas
     assert all("opened" not in row for row in read_log(plain.log))
 
 
+def test_faster_rows_change_the_run_and_not_where_it_starts_and_the_card_tells_them(tmp_path: Path, base: Path, text: Path) -> None:
+    wide, held_out = write_widened(tmp_path / "wide", base), {"mixture": [{"kind": "mqar", "num_pairs": [2]}], "tokens": 64}
+    narrow, plain, fast = (
+        run(model, text, tmp_path / name, evaluation=held_out, optimizer={"multipliers": {"rows": rows}})
+        for name, model, rows in (("narrow", base, 10.0), ("plain", wide, 1.0), ("fast", wide, 10.0))
+    )
+    assert narrow.eval_before == pytest.approx(fast.eval_before, rel=1e-6)
+    assert plain.eval_before == fast.eval_before
+    assert plain.eval_after != fast.eval_after
+    assert "(new ×1, expanded ×1, rows ×10, rest ×1)" in (tmp_path / "fast/README.md").read_text()
+
+
 # --- stopping and going on -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("write", [write_byte_gla, write_byte_mamba2])
+@pytest.mark.parametrize("wide", [False, True])
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, write: Any
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, write: Any, wide: bool
 ) -> None:
     model = write(tmp_path / "model")
-    sections = {"schedule": {"max_steps": 8, "warmup_steps": 2}, "logging": {"every": 2}}
+    sections: dict[str, Any] = {"schedule": {"max_steps": 8, "warmup_steps": 2}, "logging": {"every": 2}}
+    if wide:
+        model = write_widened(tmp_path / "wide", model)
+        sections |= {"optimizer": {"multipliers": {"rows": 10.0}}, "training": {"precision": "bf16"}}
     run(model, text, tmp_path / "whole", **sections)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5)

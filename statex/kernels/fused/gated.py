@@ -47,39 +47,37 @@ def to_end(G, t0, cs, g_t, key_dim, state_dim):
 
 
 @triton.jit
-def load_lifted(X, ROOT, ts, cs, parts, x_t, root_t, key_dim, inside, LIFT: tl.constexpr):
-    """Channels `cs` of parts `parts` of the lifted rows of x, float32: part 0 is x, part r psi_r(x); zero where not `inside`.
-
-    ROOT holds 1 / rms(x) a token.
-    """
+def load_rows(X, ROOT, ts, cs, x_t, root_t, inside, LIFT: tl.constexpr):
+    """Rows of x `[BLOCK, BK]`, float32, zero where not `inside`, and 1 / rms(x) `[BLOCK, 1]`, which ROOT holds."""
     x = tl.load(X + ts[:, None] * x_t + cs[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+    root = 1.0
     if LIFT > 1:
-        rolled = tl.load(X + ts[:, None] * x_t + back(cs, parts, key_dim)[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
-        x *= tl.where((parts == 0)[None, :], 1.0, rolled * tl.load(ROOT + ts * root_t)[:, None])
+        root = tl.load(ROOT + ts * root_t)[:, None]
+    return x, root
+
+
+@triton.jit
+def lifted(x, root, X, ts, cs, parts, x_t, key_dim, inside, LIFT: tl.constexpr):
+    """Channels `cs` of parts `parts` of the lifted rows of x: part 0 is x, part r psi_r(x)."""
+    if LIFT > 1:
+        rolled = tl.load(X + ts[:, None] * x_t + back(cs, parts, key_dim)[None, :], mask=inside[None, :], other=0.0)
+        x *= tl.where((parts == 0)[None, :], 1.0, rolled.to(tl.float32) * root)
     return x
 
 
 @triton.jit
-def load_keys(K, ROOT, b, h, ts, cs, parts, k_b, k_h, k_t, heads, tokens, key_dim, inside, LIFT: tl.constexpr):
-    """Lifted keys of head h, `[BLOCK, BK]` float32."""
-    return load_lifted(K + b * k_b + h * k_h, ROOT + b * tokens * heads + h, ts, cs, parts, k_t, heads, key_dim, inside, LIFT)
-
-
-@triton.jit
-def load_queries(
-    Q, ROOT, GAMMA, MIXING, b, h, r, ts, cs, parts, q_b, q_h, q_g, q_t, heads, tokens, key_dim, inside,
+def query_gains(
+    GAMMA, MIXING, h, r, cs, parts, key_dim, inside,
     GROUP: tl.constexpr, PARTS: tl.constexpr, LIFT: tl.constexpr, GATED: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Queries of reader r of head h, lifted, gated and mixed: M_j ∘ γ ∘ [q ; psi(q)], `[BLOCK, BK]` float32."""
-    row = h * GROUP + r // PARTS
-    q = Q + b * q_b + h * q_h + (r // PARTS) * q_g
-    x = load_lifted(q, ROOT + b * tokens * heads * GROUP + row, ts, cs, parts, q_t, heads * GROUP, key_dim, inside, LIFT)
+    """γ ∘ M_j at channels `cs` of parts `parts`, for reader r of head h, `[BK]`."""
+    gains = tl.where(inside, 1.0, 0.0)
     if GATED:
-        gate = GAMMA + (row * (LIFT - 1) + parts - 1) * key_dim + cs
-        x *= tl.load(gate, mask=inside & (parts > 0), other=1.0)[None, :]
+        row = h * GROUP + r // PARTS
+        gains *= tl.load(GAMMA + (row * (LIFT - 1) + parts - 1) * key_dim + cs, mask=inside & (parts > 0), other=1.0)
     if MIXED:
-        x *= tl.load(MIXING + (h * key_dim + cs) * PARTS + r % PARTS, mask=inside, other=0.0)[None, :]
-    return x
+        gains *= tl.load(MIXING + (h * key_dim + cs) * PARTS + r % PARTS, mask=inside, other=0.0)
+    return gains
 
 
 @triton.jit
@@ -105,6 +103,10 @@ def decay_rows(
     tile = ts[:, None] * channels + cs[None, :]
     start = tl.program_id(1) * CHUNK
     G += b * g_b + h * g_h
+    K += b * k_b + h * k_h
+    K_ROOT += b * tokens * heads + h
+    Q += b * q_b + h * q_h
+    Q_ROOT += (b * tokens * heads + h) * GROUP
     blocks = CHUNK // BLOCK
     true = (ts >= 0)[:, None]
     after = tl.zeros([BK], tl.float32)
@@ -113,8 +115,10 @@ def decay_rows(
         decay = tl.exp2(to_end(G, t0, cs, g_t, key_dim, key_dim))
         total = tl.sum(load_decay(G, t0 + ts, cs, g_t, key_dim, key_dim, true), 0)
         far = tl.exp2(after)[None, :]
-        for part in tl.range(0, LIFT, loop_unroll_factor=1):
-            k = load_keys(K, K_ROOT, b, h, t0 + ts, cs, cs * 0 + part, k_b, k_h, k_t, heads, tokens, key_dim, valid, LIFT) * decay
+        x, root = load_rows(K, K_ROOT, t0 + ts, cs, k_t, heads, valid, LIFT)
+        x *= decay
+        for part in range(0, LIFT):
+            k = lifted(x, root, K, t0 + ts, cs, cs * 0 + part, k_t, key_dim, valid, LIFT)
             out = (z * tokens + t0) * channels + part * key_dim
             tl.store(K_NEAR + out + tile, k.to(K_NEAR.dtype.element_ty), mask=inside)
             if blocks > 1:
@@ -122,7 +126,7 @@ def decay_rows(
             block = z * (tokens // BLOCK) + t0 // BLOCK
             tl.store(BLOCK_DECAY + block * channels + part * key_dim + cs, total, mask=valid)
         after += total
-    for part in tl.range(0, LIFT, loop_unroll_factor=1):
+    for part in range(0, LIFT):
         row = z * (tokens // CHUNK) + tl.program_id(1)
         tl.store(CHUNK_DECAY + row * channels + part * key_dim + cs, after, mask=valid)
     before = tl.zeros([BK], tl.float32)
@@ -131,17 +135,18 @@ def decay_rows(
         g = load_decay(G, t0 + ts, cs, g_t, key_dim, key_dim, true)
         decay = tl.exp2(since_start(g)) * scale
         far = tl.exp2(before)[None, :]
-        for i in tl.range(0, LIFT * GROUP * PARTS, loop_unroll_factor=1):
-            r = i // LIFT
-            part = i % LIFT
-            q = load_queries(
-                Q, Q_ROOT, GAMMA, MIXING, b, h, r, t0 + ts, cs, cs * 0 + part, q_b, q_h, q_g, q_t, heads, tokens, key_dim, valid,
-                GROUP, PARTS, LIFT, GATED, MIXED,
-            ) * decay  # fmt: skip
-            out = ((z * (GROUP * PARTS) + r) * tokens + t0) * channels + part * key_dim
-            tl.store(Q_NEAR + out + tile, q.to(Q_NEAR.dtype.element_ty), mask=inside)
-            if blocks > 1:
-                tl.store(Q_FAR + out + tile, (q * far).to(Q_FAR.dtype.element_ty), mask=inside)
+        for r in range(0, GROUP * PARTS):
+            query = Q + (r // PARTS) * q_g
+            x, root = load_rows(query, Q_ROOT + r // PARTS, t0 + ts, cs, q_t, heads * GROUP, valid, LIFT)
+            x *= decay
+            for part in range(0, LIFT):
+                parts = cs * 0 + part
+                gains = query_gains(GAMMA, MIXING, h, r, cs, parts, key_dim, valid, GROUP, PARTS, LIFT, GATED, MIXED)
+                q = lifted(x, root, query, t0 + ts, cs, parts, q_t, key_dim, valid, LIFT) * gains[None, :]
+                out = ((z * (GROUP * PARTS) + r) * tokens + t0) * channels + part * key_dim
+                tl.store(Q_NEAR + out + tile, q.to(Q_NEAR.dtype.element_ty), mask=inside)
+                if blocks > 1:
+                    tl.store(Q_FAR + out + tile, (q * far).to(Q_FAR.dtype.element_ty), mask=inside)
         before += tl.sum(g, 0)
 
 
@@ -296,14 +301,14 @@ def decay_gradients(
     chunks = tokens // CHUNK
     energy = tl.zeros([BK], tl.float32)
     for tile in range(0, tiles):
-        for part in tl.range(0, LIFT, loop_unroll_factor=1):
+        for part in range(0, LIFT):
             row = (tile * tl.num_programs(2) + z) * chunks + c
             energy += tl.load(ENERGY + row * channels + part * key_dim + cs, mask=cs < key_dim, other=0.0)
     before = energy
     for s in range(0, CHUNK // BLOCK):
         rows = (z * tokens + c * CHUNK + s * BLOCK + ts)[:, None] * channels + cs[None, :]
         wrote = tl.zeros([BLOCK, BK], tl.float32)
-        for part in tl.range(0, LIFT, loop_unroll_factor=1):
+        for part in range(0, LIFT):
             grad = tl.load(DK_FAR + rows + part * key_dim, mask=inside, other=0.0)
             wrote += grad * tl.load(K_FAR + rows + part * key_dim, mask=inside, other=0.0).to(tl.float32)
         sums = tl.cumsum(wrote, axis=0)
@@ -317,7 +322,7 @@ def decay_gradients(
         t = c * CHUNK + CHUNK - BLOCK - i * BLOCK + ts
         rows = (z * tokens + t)[:, None] * channels + cs[None, :]
         db = tl.zeros([BLOCK, BK], tl.float32)
-        for part in tl.range(0, LIFT, loop_unroll_factor=1):
+        for part in range(0, LIFT):
             db += tl.load(DB + rows + part * key_dim, mask=inside, other=0.0)
         dg = tl.cumsum(db, axis=0, reverse=True) + behind[None, :] + tl.load(DK_FAR + rows, mask=inside, other=0.0)
         tl.store(

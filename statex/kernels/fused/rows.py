@@ -15,8 +15,9 @@ from torch import Tensor
 from ..lift import FLOOR
 from .blocks import constant
 
-ELEMENTS = 2048
-"""Numbers of x in a program: tokens times channels."""
+ELEMENTS = 512
+"""Numbers of x in a program, tokens times channels; but at least two tokens, since each program leaves sums for γ and M."""
+
 _FLOOR = constant(FLOOR)
 
 
@@ -162,7 +163,7 @@ class Rows:
         group = rows // self.heads
         strides = (x.stride(0), group * x.stride(2), x.stride(2), x.stride(1))
         width = triton.next_power_of_2(key_dim)
-        per_program = min(64, max(1, ELEMENTS // width))
+        per_program = min(64, max(2, ELEMENTS // width))
         options: dict[str, object] = {
             "GROUP": group, "LIFT": self.lift, "GATED": self.gamma is not None, "TOKENS": per_program, "BC": width,
         }  # fmt: skip

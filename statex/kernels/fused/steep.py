@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .blocks import BLOCK, dot
-from .gated import MILD, load_decay, load_keys, load_queries
+from .gated import MILD, lifted, load_decay, load_rows, query_gains
 
 
 @triton.jit
@@ -34,6 +34,27 @@ def level_mask(run, TRANSPOSED: tl.constexpr):
     if TRANSPOSED:
         queries, keys = keys, queries
     return (queries // (2 * run) == keys // (2 * run)) & (queries // run == keys // run + 1)
+
+
+@triton.jit
+def load_keys(K, ROOT, b, h, ts, cs, steep, k_b, k_h, k_t, heads, tokens, key_dim, LIFT: tl.constexpr):
+    """Lifted keys of head h at channels `cs` of the state, zero where not `steep`, `[BLOCK, BK]` float32."""
+    K += b * k_b + h * k_h
+    x, root = load_rows(K, ROOT + b * tokens * heads + h, ts, cs % key_dim, k_t, heads, steep, LIFT)
+    return lifted(x, root, K, ts, cs % key_dim, cs // key_dim, k_t, key_dim, steep, LIFT)
+
+
+@triton.jit
+def load_queries(
+    Q, ROOT, GAMMA, MIXING, b, h, r, ts, cs, steep, q_b, q_h, q_g, q_t, heads, tokens, key_dim,
+    GROUP: tl.constexpr, PARTS: tl.constexpr, LIFT: tl.constexpr, GATED: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """Queries of reader r of head h, lifted, gated and mixed, likewise."""
+    c, parts, row = cs % key_dim, cs // key_dim, h * GROUP + r // PARTS
+    Q += b * q_b + h * q_h + (r // PARTS) * q_g
+    x, root = load_rows(Q, ROOT + b * tokens * heads * GROUP + row, ts, c, q_t, heads * GROUP, steep, LIFT)
+    x = lifted(x, root, Q, ts, c, parts, q_t, key_dim, steep, LIFT)
+    return x * query_gains(GAMMA, MIXING, h, r, c, parts, key_dim, steep, GROUP, PARTS, LIFT, GATED, MIXED)[None, :]
 
 
 @triton.jit
@@ -64,13 +85,10 @@ def add_scores(
         steep = tl.load(BLOCK_DECAY + cs) < -MILD
         if tl.max(steep.to(tl.int32), 0) > 0:
             q = load_queries(
-                Q, Q_ROOT, GAMMA, MIXING, b, h, zr % (GROUP * PARTS), rows, cs % key_dim, cs // key_dim, q_b, q_h, q_g, q_t, heads,
-                tokens, key_dim, cs < state_dim, GROUP, PARTS, LIFT, GATED, MIXED,
+                Q, Q_ROOT, GAMMA, MIXING, b, h, zr % (GROUP * PARTS), rows, cs, steep, q_b, q_h, q_g, q_t, heads, tokens, key_dim,
+                GROUP, PARTS, LIFT, GATED, MIXED,
             ) * scale  # fmt: skip
-            q = tl.where(steep[None, :], q, 0.0)
-            k = load_keys(
-                K, K_ROOT, b, h, rows, cs % key_dim, cs // key_dim, k_b, k_h, k_t, heads, tokens, key_dim, cs < state_dim, LIFT,
-            )  # fmt: skip
+            k = load_keys(K, K_ROOT, b, h, rows, cs, steep, k_b, k_h, k_t, heads, tokens, key_dim, LIFT)
             g = load_decay(G, rows, cs, g_t, key_dim, state_dim, (ts >= 0)[:, None])
             acc += tl.where(ts[:, None] == ts[None, :], tl.sum(q * k, 1)[:, None], 0.0)
             run = BLOCK // 2
@@ -116,18 +134,14 @@ def add_gradients(
         steep = tl.load(BLOCK_DECAY + cs) < -MILD
         if tl.max(steep.to(tl.int32), 0) > 0:
             g = load_decay(G + b * g_b + h * g_h, rows, cs, g_t, key_dim, state_dim, (ts >= 0)[:, None])
-            k = load_keys(
-                K, K_ROOT, b, h, rows, cs % key_dim, cs // key_dim, k_b, k_h, k_t, heads, tokens, key_dim, cs < state_dim, LIFT,
-            )  # fmt: skip
-            k = tl.where(steep[None, :], k, 0.0)
+            k = load_keys(K, K_ROOT, b, h, rows, cs, steep, k_b, k_h, k_t, heads, tokens, key_dim, LIFT)
             dk = tl.zeros([BLOCK, BK], tl.float32)
             db = tl.zeros([BLOCK, BK], tl.float32)
             for r in range(0, GROUP * PARTS):
                 q = load_queries(
-                    Q, Q_ROOT, GAMMA, MIXING, b, h, r, rows, cs % key_dim, cs // key_dim, q_b, q_h, q_g, q_t, heads, tokens,
-                    key_dim, cs < state_dim, GROUP, PARTS, LIFT, GATED, MIXED,
+                    Q, Q_ROOT, GAMMA, MIXING, b, h, r, rows, cs, steep, q_b, q_h, q_g, q_t, heads, tokens, key_dim,
+                    GROUP, PARTS, LIFT, GATED, MIXED,
                 ) * scale  # fmt: skip
-                q = tl.where(steep[None, :], q, 0.0)
                 da = DA + ((z * (GROUP * PARTS) + r) * tokens + t0) * CHUNK + t0 % CHUNK
                 itself = tl.load(da + ts * (CHUNK + 1)).to(tl.float32)[:, None]
                 dq = itself * k

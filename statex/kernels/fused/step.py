@@ -15,8 +15,8 @@ from ..lift import FLOOR, channel_mixing, lift_factor
 from .blocks import constant
 from .rows import back
 
-PROGRAMS = 264
-"""Programs that keep a large GPU busy, two to a multiprocessor: slices of the values are made as wide as leaves so many."""
+PROGRAMS = 200
+"""Programs that keep a large GPU busy: slices of the values are made as wide as leaves so many, up to 64."""
 
 _FLOOR = constant(FLOOR)
 
@@ -135,11 +135,12 @@ def ssd_step(
 
 
 def tile_of(states: int, key_dim: int, value_dim: int) -> tuple[int, int, int]:
-    """Channels and values that a program loads at once, and its warps."""
+    """Channels and values that a program loads at once, and its warps. Where programs are few, each must have much under way."""
     bv = 16
-    while bv < min(128, value_dim) and states * triton.cdiv(value_dim, 2 * bv) >= PROGRAMS:
+    while bv < min(64, value_dim) and states * triton.cdiv(value_dim, 2 * bv) >= PROGRAMS:
         bv *= 2
-    return min(128, triton.next_power_of_2(key_dim)), bv, 4
+    bk = min(1024 if bv == 16 else 128, triton.next_power_of_2(key_dim))
+    return bk, bv, 8 if bk > 256 else 4
 
 
 def _launch(
