@@ -78,7 +78,8 @@ def current_graph() -> TokenGraph | None:
 
 
 def can_capture(model: nn.Module) -> bool:
-    """Whether a model's forward is a sequence of launches on one GPU: nothing offloaded, sharded or in training."""
+    """Whether a model's forward is a sequence of launches on one GPU and nothing else: no hooks, nothing offloaded or sharded."""
     places = {parameter.device for parameter in model.parameters()}
     several = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    return not model.training and not several and len(places) == 1 and places.pop().type == "cuda"
+    hooked = any(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") for module in model.modules())
+    return not (model.training or several or hooked) and len(places) == 1 and places.pop().type == "cuda"

@@ -198,3 +198,14 @@ def test_beam_search_on_a_gpu_which_exchanges_states_equals_that_without_graphs(
     model, ids = build("gla").cuda(), tokens(2, 5).cuda()
     options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 12}
     assert generate(model, ids, **options).equal(generate(model, ids, disable_compile=True, **options))
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@torch.no_grad()
+def test_hooks_see_every_token_that_is_generated() -> None:
+    model, ids = build("gla").cuda(), tokens(2, 5).cuda()
+    seen: list[int] = []
+    model.model.layers[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    generate(model, ids, max_new_tokens=8)
+    assert seen == [5, *[1] * 7]
