@@ -35,6 +35,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
 from hgrn_runs import BASE, CONTINUED, INHERIT, OPENED, PAIRS, PRESERVE, ROOT, SCRATCH, Place, Spec, train
 
 import statex
@@ -236,6 +237,15 @@ def main() -> None:
     if args.one:
         one(args.one)
         return
+    if args.table:
+        if not lines(args.results):
+            parser.error(f"{args.results} holds no runs")
+    else:
+        for option, path in (("--data", args.data), ("--test", args.test)):
+            if not path.is_file():
+                parser.error(f"argument {option}: {path} does not exist")
+        if not (args.dry_run or torch.cuda.is_available()) and args.results == RESULTS:
+            parser.error(f"no CUDA device: {RESULTS.name} holds a GPU's runs; give --dry-run, or --results with another file")
     with tempfile.TemporaryDirectory() as scratch:
         window, warmup, test_bytes = 512, 100, None
         if args.dry_run:

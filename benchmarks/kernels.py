@@ -32,6 +32,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lists import some_of, whole_numbers
+
 COLUMNS = (
     "op", "impl", "pass", "B", "T", "H", "K", "V", "dtype", "ms_median", "ms_p10", "ms_p90", "extra_mem_mib", "floor_ms",
     "first_result_s", "device", "torch", "triton", "impl_version", "date",
@@ -366,9 +368,10 @@ def show(line: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="CSV that rows are appended to")
-    parser.add_argument("--impl", default="statex,fla,mamba_ssm")
-    parser.add_argument("--op", default="gla,ssd")
-    parser.add_argument("--lengths", default="65536,16384,4096", help="tokens in a sequence; batches hold 65,536 in all")
+    parser.add_argument("--impl", type=some_of("statex", *PEERS.values()), default="statex,fla,mamba_ssm")
+    parser.add_argument("--op", type=some_of(*PEERS), default="gla,ssd")
+    lengths = "tokens in a sequence; batches hold 65,536 in all"
+    parser.add_argument("--lengths", type=whole_numbers, default="65536,16384,4096", help=lengths)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no measurement after this time")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -377,7 +380,7 @@ def main() -> None:
         return
     require_gpu(parser)
     began = time.monotonic()
-    for job in jobs(args.impl.split(","), args.op.split(","), [int(n) for n in args.lengths.split(",") if n]):
+    for job in jobs(args.impl, args.op, args.lengths):
         if is_known(job, known_rows(args.out)):
             continue
         if time.monotonic() - began > args.seconds:

@@ -27,6 +27,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lists import some_of, whole_numbers
+
 COLUMNS = (
     "model", "impl", "plan", "pass", "B", "T", "tokens_per_s", "ms_median", "ms_p10", "ms_p90", "peak_mem_mib", "parameters",
     "device", "torch", "triton", "impl_version", "date",
@@ -208,9 +210,10 @@ def known(out: Path) -> set[tuple[str, ...]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="CSV that rows are appended to")
-    parser.add_argument("--family", default="gla,mamba2")
-    parser.add_argument("--impl", default="statex,fla")
-    parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="tokens in a row; 0 stands for generation")
+    parser.add_argument("--family", type=some_of(*CONFIGS), default="gla,mamba2")
+    parser.add_argument("--impl", type=some_of("statex", "fla"), default="statex,fla")
+    lengths = "tokens in a row; 0 stands for generation"
+    parser.add_argument("--lengths", type=whole_numbers, default=",".join(map(str, LENGTHS)), help=lengths)
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--shrink", type=int, default=1, help="divide the number of layers, to try the driver out")
     parser.add_argument("--device", default="cuda")
@@ -223,8 +226,7 @@ def main() -> None:
         return
     require_device(parser, args.device)
     began = time.monotonic()
-    lengths = [int(n) for n in args.lengths.split(",")]
-    for job in jobs(args.family.split(","), args.impl.split(","), lengths):
+    for job in jobs(args.family, args.impl, args.lengths):
         wanted = [("train", 1, job.tokens)] if job.tokens else [("generate", batch, NEW_TOKENS) for batch in DECODE_BATCHES]
         have = known(args.out)
         if all((f"{job.family}-1.3b", job.impl, job.plan, *map(str, one)) in have for one in wanted):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..evals.tracking_rows import PROBLEMS
 
@@ -99,19 +99,12 @@ class Multipliers(Section):
         default=1.0, description="Parameters that surgery added. They start at zero or one and have far to go."
     )
     expanded: NonNegative = Field(default=1.0, description="Parameters that surgery enlarged or drew afresh.")
-    rows: Annotated[float, Field(allow_inf_nan=False)] = Field(
+    rows: Positive = Field(
         default=1.0,
         description="Rows that surgery appended to keys and queries (Mamba: B and C), on top of `expanded`, which moves the old "
-        "rows of these parameters, too. Above 0.",
+        "rows of these parameters, too. Above 0, since frozen rows stay where they do nothing.",
     )
     rest: NonNegative = Field(default=1.0, description="All other parameters.")
-
-    @field_validator("rows")
-    @classmethod
-    def _rows_move(cls, value: float) -> float:
-        if value <= 0:
-            raise ValueError("must be above 0, since frozen rows stay where they do nothing; 1 moves them with their parameter")
-        return value
 
 
 class Optimizer(Section):

@@ -77,7 +77,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(override: str, ke
     ("override", "told"),
     [
         ("data.sequence_length=1", "data.sequence_length"),
-        ("optimizer.multipliers.rows=0", "optimizer.multipliers.rows': must be above 0, since frozen rows stay"),
+        ("optimizer.multipliers.rows=0", "optimizer.multipliers.rows': Input should be greater than 0"),
         ("data.mixture=[]", "data.mixture"),
         ("optimizer.learning_rate=-1", "optimizer.learning_rate"),
         ("optimizer.learning_rate=fast", "optimizer.learning_rate"),
