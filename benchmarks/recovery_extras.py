@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statex.families.description import ModelDescription
+from statex.kernels.pointwise import gated_product, norm
 from statex.models import StatexForCausalLM
 from statex.models.components import GroupedRMSNorm
 from statex.models.mamba2 import Mamba2Mixer
@@ -66,16 +67,14 @@ class AnnealedNorm(GroupedRMSNorm):
     blocks: int
     share: Tensor
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """`[..., channels] -> [..., channels]`; both norms have the same weight, that of a source head repeated."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        merged = x.to(wide).unflatten(-1, (-1, self.blocks * self.group_channels))
-        merged = F.rms_norm(merged, merged.shape[-1:], eps=self.eps).flatten(-2)
-        if self.weight is not None:
-            merged = (merged.unflatten(-1, (-1, self.group_channels)) * self.weight.to(wide).view(-1, self.group_channels)).flatten(
-                -2
-            )
-        return torch.lerp(super().forward(x), merged, self.share)
+        weight = self.weight
+        if weight is not None and weight.numel() < x.shape[-1]:
+            weight = weight.repeat(self.blocks)
+        merged = norm(x, weight, eps=self.eps, groups=self.groups // self.blocks)
+        normed = torch.lerp(super().forward(x), merged, self.share)
+        return normed if gate is None else gated_product(gate, normed, self.activation)
 
 
 def annealed(model: StatexForCausalLM, source: ModelDescription, number: float, seed: int) -> Advance:
@@ -84,17 +83,18 @@ def annealed(model: StatexForCausalLM, source: ModelDescription, number: float, 
     for block in model.model.layers:
         if getattr(block.mixer, "mixing", None) is not None:
             block.mixer.mixing.requires_grad_(False)
-            norm = block.mixer.g_norm
-            norm.__class__, norm.blocks, norm.share = AnnealedNorm, block.mixer.layer.blocks, torch.zeros((), device=model.device)
-            norms.append(norm)
+            per_head = block.mixer.g_norm
+            per_head.__class__, per_head.blocks = AnnealedNorm, block.mixer.layer.blocks
+            per_head.share = torch.zeros((), device=model.device)
+            norms.append(per_head)
 
     @torch.no_grad()
     def advance(done: float) -> None:
         share = min(1.0, done / ANNEALED)
         for mixing, foreign, end in found:
             mixing.masked_fill_(foreign, share * end).masked_fill_(~foreign, 1 - share + share * end)
-        for norm in norms:
-            norm.share.fill_(share)
+        for annealing in norms:
+            annealing.share.fill_(share)
 
     return advance
 

@@ -1,12 +1,12 @@
-"""Do Mamba's scan and the delta rule need kernels of their own? Their PyTorch forms beside a whole layer and a peer, on one GPU.
+"""Mamba's scan and the delta rule: their Triton kernels beside their PyTorch forms, a whole layer and a peer, on one GPU.
 
     python benchmarks/scans.py --out benchmarks/results/scans-h100.csv
     python benchmarks/scans.py --out benchmarks/results/scans-h100.csv --peers
 
-For each shape: a call of the operation (`statex`), of flash-linear-attention's where it has one (`fla`), and a whole layer in
-training, MLP and norms included (`layer`), all on 16,384 tokens in rows of 4,096, in bfloat16. The layer says what share of a step
-the operation takes. The floor reads inputs and writes outputs once at 3.0 TB/s, in the backward twice. What fails is told and
-leaves no line.
+For each shape: a call of the operation by Triton kernels (`statex`) and in PyTorch (`statex-chunked`), of flash-linear-attention's
+where it has one (`fla`), and a whole layer in training, MLP and norms included (`layer`), all on 16,384 tokens in rows of 4,096, in
+bfloat16. The layer says what share of a step the operation takes. The floor reads inputs and writes outputs once at 3.0 TB/s, in
+the backward twice. What fails is told and leaves no line.
 """
 
 from __future__ import annotations
@@ -78,12 +78,12 @@ def inputs_of(shape: Shape, rows: int, length: int, device: torch.device) -> dic
     return found
 
 
-def own(shape: Shape) -> Call:
+def own(shape: Shape, backend: str) -> Call:
     """The operation."""
     scale = shape.K**-0.5
     if shape.op == "selective_scan":
-        return lambda **x: selective_scan(**x)[0]
-    return lambda **x: delta_rule(**x, scale=scale)[0]
+        return lambda **x: selective_scan(**x, backend=backend)[0]
+    return lambda **x: delta_rule(**x, scale=scale, backend=backend)[0]
 
 
 def peers(shape: Shape) -> Iterator[tuple[str, Call, str]]:
@@ -153,7 +153,8 @@ def lines(shape: Shape, count: int, beside: bool) -> Iterator[dict[str, Any]]:
     if beside:
         forms = [(name, call, found, inputs, None) for name, call, found in peers(shape)]
     else:
-        forms = [("statex", own(shape), statex.__version__, inputs, None)]
+        named = {"statex": "triton", "statex-chunked": "chunked"}
+        forms = [(name, own(shape, backend), statex.__version__, inputs, None) for name, backend in named.items()]
     if shape.family is not None and not beside:
         layer, weights = layer_of(shape, 2048, device)
         x = {"x": torch.randn(ROWS, LENGTH, 2048, device=device)}

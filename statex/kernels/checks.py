@@ -83,6 +83,7 @@ def check_delta(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Raises `ValueError` on inputs that `delta_rule` cannot mean."""
+    check_device(q=q, k=k, v=v, beta=beta, log_decay=log_decay, initial_state=initial_state)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _require(tensor.dim() == 4, f"{name} must be [B, T, H, D], got {_shape(tensor)}")
     batch, tokens, heads, value_dim = v.shape
@@ -127,6 +128,7 @@ def check_selective_scan(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Raises `ValueError` on inputs that `selective_scan` cannot mean."""
+    check_device(x=x, dt=dt, A=A, B=B, C=C, D=D, lift_gamma=lift_gamma, spectrum=spectrum, initial_state=initial_state)
     for name, tensor in (("x", x), ("B", B), ("C", C)):
         _require(tensor.dim() == 3, f"{name} must be [B, T, D], got {_shape(tensor)}")
     batch, tokens, channels = x.shape

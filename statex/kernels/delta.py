@@ -7,12 +7,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import chunked_delta, reference_delta
+from . import chunked_delta, reference_delta, triton_backend
 from .checks import check_delta
 from .packed import run_in_buckets
 
 FORMS: dict[str, ModuleType] = {"reference": reference_delta, "chunked": chunked_delta}
-"""Backend name to the module that holds its `delta_rule`."""
+"""Backend name to the module that holds its `delta_rule`; Triton's is `fused/delta.py`."""
 
 
 def delta_rule(
@@ -32,7 +32,8 @@ def delta_rule(
 
     With S' = exp(log_decay_t) S_{t-1}: S_t = S' + beta_t k_tᵀ (v_t - k_t S') and o_t = scale · q_t S_t, per value head, computed in
     float32 (float64 for float64 values) whatever autocast says. Keys must come normalised: a step multiplies what the state holds
-    under k_t by 1 - beta_t |k_t|², which must lie in [-1, 1].
+    under k_t by 1 - beta_t |k_t|², which must lie in [-1, 1]. Triton kernels multiply in bfloat16 where values are bfloat16, with
+    float32 sums and states, and round wider keys such that this factor stays as it is.
 
     Args:
         q: `[B, T, Hq, K]`; Hq divides Hk, and head h of H reads query h // (H / Hq).
@@ -44,7 +45,8 @@ def delta_rule(
         initial_state: `[N, H, K, V]`, zeros by default.
         output_final_state: also return the state after the last token.
         cu_seqlens: borders `[N + 1]` of N sequences packed into one row (B = 1), from 0 to T. States do not cross borders.
-        backend: "auto", "chunked" (any device) or "reference" (float64, one token at a time).
+        backend: "auto" (Triton on CUDA devices, else chunked), "triton", "chunked" (any device) or "reference" (float64, one
+            token at a time).
 
     Returns:
         o `[B, T, H, V]` in the dtype of `v`, and the final state `[N, H, K, V]` in float32 (float64), or None.
@@ -52,7 +54,7 @@ def delta_rule(
     Raises:
         ValueError: shapes that disagree, borders that do not run from 0 to T, a log-decay above 0, an unknown backend.
     """
-    module = _form(backend)
+    module = _form(backend, k, v)
     check_delta(q, k, v, beta, log_decay, initial_state, cu_seqlens)
     with torch.autocast(v.device.type, enabled=False):
         if cu_seqlens is None or module is reference_delta or (initial_state is None and not output_final_state):
@@ -70,10 +72,17 @@ def delta_rule(
         return o, final if output_final_state else None
 
 
-def _form(backend: str) -> ModuleType:
+def _form(backend: str, k: Tensor, v: Tensor) -> ModuleType:
+    """The module that computes the rule for such keys and values. Raises `ValueError` where the backend is unknown or cannot."""
+    if backend == "triton" or (backend == "auto" and v.is_cuda):
+        reason = triton_backend.why_no_delta_rule(k, v)
+        if reason is None:
+            return triton_backend.MODULES["delta"]
+        if backend == "triton":
+            raise ValueError(f"backend 'triton' {reason}; use auto or chunked")
     name = "chunked" if backend == "auto" else backend
     if name not in FORMS:
-        raise ValueError(f"the delta rule has no backend {backend!r}; choose one of auto, {', '.join(FORMS)}")
+        raise ValueError(f"the delta rule has no backend {backend!r}; choose one of auto, {', '.join(FORMS)}, triton")
     return FORMS[name]
 
 

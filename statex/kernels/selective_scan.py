@@ -1,15 +1,18 @@
 """Mamba's selective scan behind one call, and one token of generation.
 
 Every element of the state decays at its own rate, so there is no form by matrix products: the scan goes element by element. What
-it makes, `[B, t, N, I]`, exists for one segment of tokens at a time, and is made again in the backward pass.
+it makes, `[B, t, N, I]`, exists for one segment of tokens at a time, and is made again in the backward pass. On CUDA devices Triton
+kernels keep it in registers (`fused/selective_scan.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from . import reference_scan
+from . import reference_scan, triton_backend
 from .checks import check_selective_scan
 from .chunking import Packing, run_segments
 from .elementwise import is_reference, linear_scan
@@ -48,7 +51,8 @@ def selective_scan(
         initial_state: `[sequences, 1, factor * N, I]`, zeros by default.
         output_final_state: also return the state after the last token.
         cu_seqlens: borders `[sequences + 1]` of sequences packed into one row (B = 1), from 0 to T. States do not cross borders.
-        backend: "auto", "chunked" (any device) or "reference" (float64, one token at a time).
+        backend: "auto" (Triton on CUDA devices, else chunked), "triton", "chunked" (any device) or "reference" (float64, one
+            token at a time).
 
     Returns:
         y `[B, T, I]` in the dtype of `x`, and the final state `[sequences, 1, factor * N, I]` in float32 (float64), or None.
@@ -56,17 +60,17 @@ def selective_scan(
     Raises:
         ValueError: shapes that disagree, borders that do not run from 0 to T, A above 0 or dt below 0, an unknown backend.
     """
-    exact = is_reference(backend)
+    scan = _form(backend, x)
     check_selective_scan(x, dt, A, B, C, D, lift_gamma, spectrum, initial_state, cu_seqlens)
     with torch.autocast(x.device.type, enabled=False):
-        if exact:
+        if scan is None:
             return reference_scan.selective_scan(
                 x, dt, A, B, C, D=D, lift_gamma=lift_gamma, spectrum=spectrum, initial_state=initial_state,
                 output_final_state=output_final_state, cu_seqlens=cu_seqlens,
             )  # fmt: skip
 
-        def run(rows: tuple[Tensor, ...], state: Tensor | None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            return _scan(rows, (A, D, lift_gamma, spectrum), state, cu_seqlens)
+        def run(rows: Rows, state: Tensor | None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return scan(rows, (A, D, lift_gamma, spectrum), state, cu_seqlens)
 
         if cu_seqlens is None or (initial_state is None and not output_final_state):
             y, state = run((x, dt, B, C), initial_state, cu_seqlens)
@@ -75,9 +79,35 @@ def selective_scan(
         return y, state if output_final_state else None
 
 
-def _scan(
-    rows: tuple[Tensor, ...], shared: tuple[Tensor | None, ...], state: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
+Rows = tuple[Tensor, ...]
+Shared = tuple[Tensor | None, ...]
+Form = Callable[[Rows, Shared, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def _form(backend: str, x: Tensor) -> Form | None:
+    """What computes the scan of tensors like `x`; None is the reference. Raises `ValueError` on a backend that is not there."""
+    if backend == "triton" or (backend == "auto" and x.is_cuda):
+        reason = triton_backend.why_not(x, shared_memory=0)
+        if reason is None:
+            return _fused_scan
+        if backend == "triton":
+            raise ValueError(f"backend 'triton' {reason}; use auto or chunked")
+    return None if is_reference(backend) else _scan
+
+
+def _fused_scan(rows: Rows, shared: Shared, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    x, dt, B, C = rows
+    A, D, lift_gamma, spectrum = shared
+    assert A is not None
+    keys, queries, rates = _lifted(B, C, A, lift_gamma, torch.float32)
+    initial = None if state is None else state.squeeze(1)
+    y, final = triton_backend.MODULES["selective_scan"].selective_scan(
+        x, dt, rates, keys, queries, D=D, spectrum=spectrum, initial_state=initial, cu_seqlens=cu_seqlens
+    )
+    return y, final[:, None]
+
+
+def _scan(rows: Rows, shared: Shared, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     x, _, B, _ = rows
     batch, _, channels = x.shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

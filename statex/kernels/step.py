@@ -88,8 +88,7 @@ def ssd_step(
     factor = lift_factor(lift_gamma, d_state)
     _check_state(state, (batch, heads, factor * d_state, head_dim))
     if (kernel := step_kernel(state)) is not None:
-        decay = dt.float() * A.float()
-        decay = decay if spectrum is None else extended(decay, spectrum.float())
+        decay = A if spectrum is None else extended(dt.float() * A.float(), spectrum.float())
         return kernel.ssd_step(x, dt, decay, B, C, state, logarithm=spectrum is None, D=D, lift_gamma=lift_gamma)
     dtype = state.dtype
     values, steps = x.to(dtype), dt.to(dtype)

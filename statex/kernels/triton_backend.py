@@ -9,34 +9,47 @@ import torch
 from torch import Tensor
 
 MODULES: dict[str, ModuleType] = {}
-"""`gla` and `ssd` of the backend, `step` for one token; empty without Triton."""
+"""`gla`, `ssd`, `selective_scan` and `delta` of the backend, `step` for one token, `pointwise` and
+`convolution` for what surrounds them; empty without Triton."""
 
 INTERPRETED = False
 """Triton's interpreter is on: the kernels run on a CPU, slowly, for tests."""
 
 NEEDED = 0
-"""Bytes of shared memory per block."""
+"""Bytes of shared memory per block that `gla` and `ssd` take."""
 
 try:
-    from .fused import blocks, gla, layout, ssd, step
+    from .fused import blocks, convolution, delta, gla, layout, pointwise, selective_scan, ssd, step
 
-    MODULES |= {"gla": gla, "ssd": ssd, "step": step}
+    MODULES |= {"gla": gla, "ssd": ssd, "selective_scan": selective_scan, "delta": delta, "step": step}
+    MODULES |= {"pointwise": pointwise, "convolution": convolution}
     INTERPRETED, NEEDED = blocks.INTERPRETED, layout.SHARED_MEMORY
 except ImportError:
     pass
 
 
-def why_not(x: Tensor) -> str | None:
-    """Why the kernels cannot take tensors like `x`, as a clause, or None."""
+def why_not(x: Tensor, shared_memory: int | None = None) -> str | None:
+    """Why kernels of so many bytes of shared memory (NEEDED by default) cannot take tensors like `x`, as a clause, or None."""
+    needed = NEEDED if shared_memory is None else shared_memory
     if not MODULES:
         return "needs Triton (pip install 'statex[gpu]')"
     if not x.is_cuda and not INTERPRETED:
         return f"needs a CUDA device, and the tensors are on {x.device.type}"
     if x.dtype == torch.float64:
         return "has no float64"
-    if x.is_cuda and _shared_memory(x.device) < NEEDED:
-        return f"needs a GPU with {NEEDED >> 10} KiB of shared memory per block (A100, H100 and later), and {x.device} has less"
+    if x.is_cuda and _shared_memory(x.device) < needed:
+        return f"needs a GPU with {needed >> 10} KiB of shared memory per block (A100, H100 and later), and {x.device} has less"
     return None
+
+
+def why_no_delta_rule(k: Tensor, v: Tensor) -> str | None:
+    """As `why_not`, for the delta rule with keys and values like these."""
+    if not MODULES:
+        return why_not(v)
+    kernels = MODULES["delta"]
+    if v.dtype != torch.float64 and k.shape[-1] > (longest := kernels.longest_key(v)):
+        return f"takes the delta rule's keys up to {longest:,} channels with {v.dtype} values, got {k.shape[-1]:,}"
+    return why_not(v, kernels.SHARED_MEMORY)
 
 
 @cache

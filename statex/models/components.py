@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 
 from ..families.description import LayerDescription, ModelDescription
+from ..kernels.pointwise import gated_product, norm, short_convolution
 from .cache import LayerState, detached_tail
 
 
@@ -33,15 +33,13 @@ class TokenLayout:
         """Set `[B, T, C]` to 0 at padded positions."""
         return x if self.padded is None else x.masked_fill(self.padded, 0)
 
-    def of_the_same_sequence(self, delayed: Tensor, lag: int) -> Tensor:
-        """`[B, T, C]` that hold at t what was at t - lag, with 0 where that belongs to another packed sequence."""
-        if self.cu_seqlens is None:
-            return delayed
-        if self._since_start is None:
-            positions = torch.arange(delayed.shape[1], device=delayed.device)
-            starts = self.cu_seqlens.to(delayed.device).long()
+    def since_start(self, tokens: int, device: torch.device) -> Tensor | None:
+        """`[T]`, tokens since the start of each token's packed sequence; None where rows are single sequences."""
+        if self.cu_seqlens is not None and self._since_start is None:
+            positions = torch.arange(tokens, device=device)
+            starts = self.cu_seqlens.to(device).long()
             self._since_start = positions - starts[torch.bucketize(positions, starts[1:], right=True)]
-        return delayed.masked_fill((self._since_start < lag)[:, None], 0)
+        return self._since_start
 
 
 class Mixer(nn.Module, ABC):
@@ -81,7 +79,10 @@ def spectrum(layer: LayerDescription, rho: Tensor | None, *shape: int, device: t
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension, computed in fp32 or in x's higher precision, returned in the weight's dtype."""
+    """x / rms(x) · weight over the last dimension, computed in fp32 or in x's higher precision.
+
+    The result has the dtype in which the layers behind it compute: autocast's where it is on, else the weight's.
+    """
 
     def __init__(self, channels: int, eps: float) -> None:
         super().__init__()
@@ -89,32 +90,40 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(self.weight.dtype)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        return norm(x, self.weight, eps=self.eps, dtype=dtype)
 
 
 class GroupedRMSNorm(nn.Module):
-    """RMS norm within each of `groups` equal groups of channels, computed and returned in fp32 (fp64 for fp64 input).
+    """RMS norm within each of `groups` equal groups of channels, with a gate behind or in front of it, computed in fp32 or more.
 
     The weight has one number per channel, or per channel of a group and then all groups share it; None: no weight.
+
+    Args:
+        activation: of the gate; None: it comes activated.
+        gate_first: norm(x · act(gate)) instead of norm(x) · act(gate).
     """
 
-    def __init__(self, channels: int, groups: int, eps: float, weight_channels: int | None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        groups: int,
+        eps: float,
+        weight_channels: int | None,
+        activation: str | None = None,
+        gate_first: bool = False,
+    ) -> None:
         super().__init__()
-        self.group_channels = channels // groups
-        self.eps = eps
+        self.groups, self.eps, self.activation, self.gate_first = groups, eps, activation, gate_first
         self.weight = None if weight_channels is None else nn.Parameter(torch.ones(weight_channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., channels] -> [..., channels]`."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        grouped = x.to(wide).unflatten(-1, (-1, self.group_channels))
-        normed = F.rms_norm(grouped, (self.group_channels,), eps=self.eps)
-        if self.weight is not None:
-            normed = normed * self.weight.to(wide).view(-1, self.group_channels)
-        return normed.flatten(-2)
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """`[..., channels] -> [..., channels]` in x's dtype."""
+        with torch.autocast(x.device.type, enabled=False):
+            return norm(
+                x, self.weight, eps=self.eps, groups=self.groups, gate=gate, activation=self.activation, gate_first=self.gate_first
+            )
 
 
 class ShortConvolution(nn.Module):
@@ -146,19 +155,13 @@ class ShortConvolution(nn.Module):
         """`[B, T, C] -> [B, T, C]`. Padded positions of `x` count as zeros. Reads and replaces `state.conv[name]`."""
         x = layout.zero_padding(x)
         past = None if state is None else state.conv.get(name)
-        history, length = self.width - 1, x.shape[1]
-        inputs = F.pad(x, (0, 0, history, 0)) if past is None else torch.cat([past.transpose(1, 2).to(x.dtype), x], dim=1)
+        history, since_start = self.width - 1, layout.since_start(x.shape[1], x.device)
+        inputs = x if past is None else torch.cat([past.transpose(1, 2).to(x.dtype), x], dim=1)
         if state is not None:
-            state.conv[name] = detached_tail(inputs.transpose(1, 2), history)
-        # A product and a sum a tap: for a few taps faster than a depthwise Conv1d, which wants channels first.
-        taps = self.weight[:, 0].t().to(x.dtype)
-        mixed = inputs[:, history:] * taps[history]
-        if self.bias is not None:
-            mixed = mixed + self.bias.to(x.dtype)
-        for lag in range(1, history + 1):
-            delayed = layout.of_the_same_sequence(inputs[:, history - lag :][:, :length], lag)
-            mixed = torch.addcmul(mixed, delayed, taps[history - lag])
-        return F.silu(mixed) if self.activate else mixed
+            recent = F.pad(inputs, (0, 0, max(0, history - inputs.shape[1]), 0))
+            state.conv[name] = detached_tail(recent.transpose(1, 2), history)
+        mixed = short_convolution(inputs, self.weight[:, 0], self.bias, since_start, "silu" if self.activate else None)
+        return mixed if past is None else mixed[:, history:]
 
 
 class GatedMLP(nn.Module):
@@ -169,8 +172,8 @@ class GatedMLP(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.act = ACT2FN[activation]
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., hidden] -> [..., hidden]`."""
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated_product(self.gate_proj(x), self.up_proj(x), self.activation))

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 
 from ..families.description import LayerDescription, ModelDescription
 from ..kernels import delta_rule, delta_rule_step, lift
@@ -38,7 +37,8 @@ class DeltaNetMixer(Mixer):
         self.v_proj = nn.Linear(model.hidden_size, values, bias=False)
         self.b_proj = nn.Linear(model.hidden_size, layer.value_heads, bias=False) if options["use_beta"] else None
         self.g_proj = nn.Linear(model.hidden_size, values, bias=False) if options["use_gate"] else None
-        self.o_norm = GroupedRMSNorm(values, layer.norm_groups, model.norm_eps, values // layer.norm_groups)
+        weight_channels = values // layer.norm_groups
+        self.o_norm = GroupedRMSNorm(values, layer.norm_groups, model.norm_eps, weight_channels, options["gate_fn"])
         self.o_proj = nn.Linear(values, model.hidden_size, bias=False)
         self.qk_activation, self.qk_norm = options["qk_activation"], options["qk_norm"]
         self.convolved = options["use_short_conv"]
@@ -47,7 +47,6 @@ class DeltaNetMixer(Mixer):
             for name, channels, activate in zip(CONVOLVED, (keys, keys, values), activated, strict=True):
                 convolution = ShortConvolution(channels, options["conv_size"], options["conv_bias"], activate)
                 self.add_module(f"{name}_conv1d", convolution)
-        self.gate_act = ACT2FN[options["gate_fn"]]
         self._add_decay_parameters(model.hidden_size)
         self._add_expansion_parameters()
         self.reset_own_parameters()
@@ -99,10 +98,7 @@ class DeltaNetMixer(Mixer):
             beta = layout.zero_padding(self._beta(x))
             log_decay = self._log_decay(x)
             o = self._attend(q, k, v, beta, None if log_decay is None else layout.zero_padding(log_decay), layout, state)
-        normed = self.o_norm(o.flatten(-2))
-        if self.g_proj is not None:
-            normed = normed * self.gate_act(self.g_proj(x).to(normed.dtype))
-        return self.o_proj(normed.to(o.dtype))
+        return self.o_proj(self.o_norm(o.flatten(-2), None if self.g_proj is None else self.g_proj(x)))
 
     def _activate(self, x: Tensor) -> Tensor:
         match self.qk_activation:

@@ -41,12 +41,11 @@ class GLAMixer(Mixer):
         self.g_proj = nn.Linear(model.hidden_size, outputs, bias=False) if options["use_output_gate"] else None
         self.o_proj = nn.Linear(outputs, model.hidden_size, bias=False)
         weight_channels = outputs // layer.norm_groups if options["elementwise_affine"] else None
-        self.g_norm = GroupedRMSNorm(outputs, layer.norm_groups, model.norm_eps, weight_channels)
+        self.g_norm = GroupedRMSNorm(outputs, layer.norm_groups, model.norm_eps, weight_channels, options["gate_fn"])
         self.convolved = options["use_short_conv"]
         if self.convolved:
             for name, channels in zip(CONVOLVED, (queries, keys, values), strict=True):
                 self.add_module(f"{name}_conv1d", ShortConvolution(channels, options["conv_size"], options["conv_bias"]))
-        self.gate_act = ACT2FN[options["gate_fn"]]
         self.feature_map = ACT2FN[options["feature_map"]] if options["feature_map"] is not None else None
         self.gate_logit_normalizer = options["gate_logit_normalizer"]
         self.clamp_min = options["clamp_min"]
@@ -93,10 +92,7 @@ class GLAMixer(Mixer):
         with torch.autocast(x.device.type, enabled=False):
             log_decay = layout.zero_padding(self._log_decay(x)).unflatten(-1, (layer.key_heads, layer.key_dim))
             o = self._attend(q, k, v, log_decay, layout, state)
-        normed = self.g_norm(o.flatten(-2))
-        if self.g_proj is not None:
-            normed = normed * self.gate_act(self.g_proj(x).to(normed.dtype))
-        return self.o_proj(normed.to(o.dtype))
+        return self.o_proj(self.g_norm(o.flatten(-2), None if self.g_proj is None else self.g_proj(x)))
 
     def _log_decay(self, x: Tensor) -> Tensor:
         gates = self.gk_proj(x.to(torch.promote_types(x.dtype, torch.float32)))

@@ -90,10 +90,7 @@ class HGRNMixer(Mixer):
                 o = self._diagonal(keys, values, log_decay, layout, state)
             else:
                 o = self._outer(q, keys, values, log_decay, layout, state)
-        normed = self.g_norm(o)
-        if gate is not None:
-            normed = normed * gate.to(normed.dtype)
-        return self.o_proj(normed.to(o.dtype))
+        return self.o_proj(self.g_norm(o, gate))
 
     def _project(self, name: str, x: Tensor, layout: TokenLayout, state: LayerState | None) -> Tensor:
         projected: Tensor = self.get_submodule(f"{name}_proj")(x)

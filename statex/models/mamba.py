@@ -9,6 +9,7 @@ from transformers import initialization as init
 
 from ..families.description import LayerDescription, ModelDescription
 from ..kernels import selective_scan, selective_scan_step
+from ..kernels.pointwise import gated_product
 from .cache import LayerState
 from .components import Mixer, ShortConvolution, TokenLayout, spectrum
 
@@ -61,8 +62,7 @@ class MambaMixer(Mixer):
             # A padded token takes a time step of 0: the state neither decays nor grows.
             dt = layout.zero_padding(F.softplus(self.dt_proj(low.to(self.dt_proj.weight.dtype))))
             y = self._scan(values, dt, B, C, layout, state)
-        wide = torch.promote_types(y.dtype, torch.float32)
-        return self.out_proj((y.to(wide) * F.silu(z.to(wide))).to(y.dtype))
+        return self.out_proj(gated_product(z, y, "silu"))
 
     def _scan(self, values: Tensor, dt: Tensor, B: Tensor, C: Tensor, layout: TokenLayout, state: LayerState | None) -> Tensor:
         A = -torch.exp(self.A_log.to(dt.dtype))

@@ -38,7 +38,7 @@ class Mamba2Mixer(Mixer):
         if layer.lift > 1:
             self.lift_gamma = nn.Parameter(torch.empty(layer.key_heads, (layer.lift - 1) * layer.key_dim))
         self.spectrum_rho = nn.Parameter(torch.empty(heads)) if layer.spectrum == "learned" else None
-        self.norm = GroupedRMSNorm(channels, layer.norm_groups, model.norm_eps, channels)
+        self.norm = GroupedRMSNorm(channels, layer.norm_groups, model.norm_eps, channels, "silu", gate_first=True)
         self.out_proj = nn.Linear(channels, model.hidden_size, bias=options["use_bias"])
         self.time_step_limit = options["time_step_limit"]
         self.reset_own_parameters()
@@ -68,9 +68,7 @@ class Mamba2Mixer(Mixer):
             # A padded token takes a time step of 0: the state neither decays nor grows.
             dt = layout.zero_padding(self._time_steps(dt))
             y = self._scan(values, dt, B, C, layout, state)
-        wide = torch.promote_types(y.dtype, torch.float32)
-        gated = y.flatten(-2).to(wide) * F.silu(z.to(wide))
-        return self.out_proj(self.norm(gated).to(y.dtype))
+        return self.out_proj(self.norm(y.flatten(-2), z))
 
     def _time_steps(self, dt: Tensor) -> Tensor:
         steps = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + self.dt_bias)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from statex.kernels import gla, gla_step, ssd, ssd_step, triton_backend
 from statex.kernels.fused import layout
@@ -31,6 +32,9 @@ FORMS = {
     "gla plain": ("gla", {}),
     "gla all, channel": ("gla", {"group": 2, "mixing": "channel", "lift": 2}),
     "gla scalar mixing": ("gla", {"mixing": "scalar"}),
+    "gla lifted as far as keys reach": ("gla", {"key_dim": 10, "lift": 10, "mixing": "channel", "heads": 1}),
+    "gla lifted, two channels": ("gla", {"key_dim": 2, "lift": 2}),
+    "gla lifted, three channels": ("gla", {"key_dim": 3, "lift": 3}),
     "ssd groups, lift": ("ssd", {"lift": 3}),
     "ssd one group": ("ssd", {"groups": 1}),
     "ssd odd heads": ("ssd", {"groups": 1, "heads": 3}),
@@ -84,11 +88,12 @@ def test_any_length_equals_the_reference(name: str, tokens: int) -> None:
     assert_values_match(kernel, make(tokens, "mixed", batch=1), TOLERANCE)
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_segments_follow_one_another_exactly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["gla plain", "gla all, channel", "ssd one group"])
+def test_segments_follow_one_another_exactly(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "SEGMENT_BYTES", 1)
+    name, sizes = FORMS[form]
     kernel, make = KERNELS[name]
-    assert_gradients_match(kernel, make(130, "mild", batch=1), TOLERANCE)
+    assert_gradients_match(kernel, make(130, "mild", **sizes), TOLERANCE)
 
 
 def test_steep_channels_beside_mild_ones_are_exact() -> None:
@@ -117,6 +122,13 @@ def test_packed_sequences_do_not_meet(name: str) -> None:
     expected, _ = kernel(**in_float64(inputs), cu_seqlens=borders, backend="reference")
     found, _ = kernel(**on_device(inputs), cu_seqlens=borders.to(DEVICE), backend="triton")
     assert distance(found.cpu(), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_gradients_are_the_same_under_checkpointing(name: str) -> None:
+    kernel, make = KERNELS[name]
+    checkpointed = functools.partial(checkpoint, kernel, use_reentrant=False)
+    assert_gradients_match(checkpointed, make(70, "mild", batch=1), TOLERANCE)
 
 
 def test_minus_infinity_forgets_without_nan() -> None:
@@ -175,6 +187,36 @@ def test_one_token_updates_the_state_in_place_as_the_plain_step_does(
     found_state = state.to(DEVICE)
     assert distance(step(**on, state=found_state).cpu(), expected) < TOLERANCE
     assert distance(found_state.cpu(), expected_state) < TOLERANCE
+
+
+@pytest.mark.parametrize("form", ["gla all, channel", "ssd wide heads"])
+def test_a_state_longer_than_a_tile_is_updated_piece_by_piece(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from statex.kernels.fused import step
+
+    monkeypatch.setattr(step, "tile_of", lambda *_, **__: step.Tile(8, 16, 4, fetched=True, early=True))
+    test_one_token_updates_the_state_in_place_as_the_plain_step_does(form, False, monkeypatch)
+
+
+def test_a_rehearsed_pass_is_not_launched_and_rehearsed_once() -> None:
+    from statex.kernels.fused import rows, together
+
+    x, dout = torch.randn(1, 3, 1, 8, device=DEVICE), torch.randn(1, 1, 1, 3, 16, device=DEVICE)
+    dx = torch.zeros_like(x)
+    made = []
+
+    class Pass:
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> tuple[()]:
+            made.append(rows.Rows(1, 2, 16, None, None).take_apart(*arguments))
+            return ()
+
+    kind = object()
+    for _ in range(2):
+        together.compile_pass(kind, Pass, (x, dout, dx), backward=False)
+    assert len(made) == 1
+    assert not dx.any()
+    Pass.forward(None, x, dout, dx)
+    assert dx.all()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="needs a machine without a GPU")

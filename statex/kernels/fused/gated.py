@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .blocks import BLOCK, constant, dot
-from .rows import back
+from .rows import back, load_moved, moved_back
 
 LOG2E = constant(1.4426950408889634)
 
@@ -81,6 +81,35 @@ def query_gains(
 
 
 @triton.jit
+def write_parts(
+    X, ROOT, GAMMA, MIXING, NEAR, FAR, x, decay, far, h, r, ts, cs, x_t, root_t, out, tile, key_dim, inside,
+    GROUP: tl.constexpr, PARTS: tl.constexpr, LIFT: tl.constexpr, GATED: tl.constexpr, MIXED: tl.constexpr, CHUNKED: tl.constexpr,
+):  # fmt: skip
+    """Stores near and far rows of all parts of x, which decays by `decay`."""
+    root = 1.0
+    rolled = x
+    before = x
+    if LIFT > 1:
+        root = tl.load(ROOT + ts * root_t)[:, None]
+        before = load_moved(X, ts, cs, 4, x_t, key_dim, ts >= 0)
+    for part in tl.static_range(LIFT):
+        row = x.to(tl.float32) * decay
+        if part > 0:
+            if part % 4 == 0:
+                rolled = before
+                before = load_moved(X, ts, cs, part + 4, x_t, key_dim, ts >= 0)
+            row *= moved_back(rolled, before, part % 4).to(tl.float32) * root
+        if GATED or MIXED:
+            parts = cs * 0 + part
+            gains = query_gains(GAMMA, MIXING, h, r, cs, parts, key_dim, inside, GROUP, PARTS, LIFT, GATED, MIXED)
+            row *= gains[None, :]
+        places = out + part * key_dim + tile
+        tl.store(NEAR + places, row.to(NEAR.dtype.element_ty), mask=inside[None, :])
+        if CHUNKED:
+            tl.store(FAR + places, (row * far[None, :]).to(FAR.dtype.element_ty), mask=inside[None, :])
+
+
+@triton.jit
 def decay_rows(
     Q, K, G, Q_ROOT, K_ROOT, GAMMA, MIXING, Q_NEAR, Q_FAR, K_NEAR, K_FAR, BLOCK_DECAY, CHUNK_DECAY,
     q_b, q_h, q_g, q_t, k_b, k_h, k_t, g_b, g_h, g_t, heads, tokens, channels, key_dim, state_dim, scale,
@@ -89,73 +118,69 @@ def decay_rows(
 ):  # fmt: skip
     """Near and far rows of queries (times `scale`) and keys, and the log2-decays of blocks and chunks.
 
-    A program makes all parts of its BK channels, which decay alike. What lies beyond LIFT * key_dim is left as it was.
+    A program makes all parts of its BK channels, which decay alike; even ones of keys, odd ones of queries. What lies beyond
+    LIFT * key_dim is left as it was.
 
-    Grid: (key_dim / BK rounded up, chunks, B * heads). Rows are `[B, heads, (readers,) tokens, channels]`.
+    Grid: (2 * (key_dim / BK rounded up), chunks, B * heads). Rows are `[B, heads, (readers,) tokens, channels]`.
     """
     z = tl.program_id(2).to(tl.int64)
     b = z // heads
     h = z % heads
-    cs = tl.program_id(0) * BK + tl.arange(0, BK)
+    cs = (tl.program_id(0) // 2) * BK + tl.arange(0, BK)
     valid = cs < key_dim
-    inside = valid[None, :]
     ts = tl.arange(0, BLOCK)
     tile = ts[:, None] * channels + cs[None, :]
     start = tl.program_id(1) * CHUNK
     G += b * g_b + h * g_h
-    K += b * k_b + h * k_h
-    K_ROOT += b * tokens * heads + h
-    Q += b * q_b + h * q_h
-    Q_ROOT += (b * tokens * heads + h) * GROUP
-    blocks = CHUNK // BLOCK
-    true = (ts >= 0)[:, None]
-    after = tl.zeros([BK], tl.float32)
-    for i in range(0, blocks):
-        t0 = start + (blocks - 1 - i) * BLOCK
-        decay = tl.exp2(to_end(G, t0, cs, g_t, key_dim, key_dim))
-        total = tl.sum(load_decay(G, t0 + ts, cs, g_t, key_dim, key_dim, true), 0)
-        far = tl.exp2(after)[None, :]
-        x, root = load_rows(K, K_ROOT, t0 + ts, cs, k_t, heads, valid, LIFT)
-        x *= decay
-        for part in range(0, LIFT):
-            k = lifted(x, root, K, t0 + ts, cs, cs * 0 + part, k_t, key_dim, valid, LIFT)
-            out = (z * tokens + t0) * channels + part * key_dim
-            tl.store(K_NEAR + out + tile, k.to(K_NEAR.dtype.element_ty), mask=inside)
-            if blocks > 1:
-                tl.store(K_FAR + out + tile, (k * far).to(K_FAR.dtype.element_ty), mask=inside)
+    blocks: tl.constexpr = CHUNK // BLOCK
+    other = tl.zeros([BK], tl.float32)
+    if tl.program_id(0) % 2 == 0:
+        K += b * k_b + h * k_h
+        K_ROOT += b * tokens * heads + h
+        for i in range(0, blocks):  # from the last block to the first: `other` is what decays after
+            t0 = start + (blocks - 1 - i) * BLOCK
+            following = load_decay(G, t0 + ts + 1, cs, g_t, key_dim, key_dim, (ts < BLOCK - 1)[:, None])
+            total = load_decay(G, t0 + ts * 0, cs, g_t, key_dim, key_dim, (ts == 0)[:, None])
+            x = tl.load(K + (t0 + ts)[:, None] * k_t + cs[None, :], mask=valid[None, :], other=0.0)
+            total = tl.sum(following + total, 0)
+            decay = tl.exp2(tl.cumsum(following, axis=0, reverse=True))
+            write_parts(
+                K, K_ROOT, GAMMA, MIXING, K_NEAR, K_FAR, x, decay, tl.exp2(other), h, 0, t0 + ts, cs, k_t, heads,
+                (z * tokens + t0) * channels, tile, key_dim, valid, GROUP, PARTS, LIFT, False, False, blocks > 1,
+            )  # fmt: skip
             block = z * (tokens // BLOCK) + t0 // BLOCK
-            tl.store(BLOCK_DECAY + block * channels + part * key_dim + cs, total, mask=valid)
-        after += total
-    for part in range(0, LIFT):
+            for part in tl.static_range(LIFT):
+                tl.store(BLOCK_DECAY + block * channels + part * key_dim + cs, total, mask=valid)
+            other += total
         row = z * (tokens // CHUNK) + tl.program_id(1)
-        tl.store(CHUNK_DECAY + row * channels + part * key_dim + cs, after, mask=valid)
-    before = tl.zeros([BK], tl.float32)
-    for s in range(0, blocks):
-        t0 = start + s * BLOCK
-        g = load_decay(G, t0 + ts, cs, g_t, key_dim, key_dim, true)
-        decay = tl.exp2(since_start(g)) * scale
-        far = tl.exp2(before)[None, :]
-        for r in range(0, GROUP * PARTS):
-            query = Q + (r // PARTS) * q_g
-            x, root = load_rows(query, Q_ROOT + r // PARTS, t0 + ts, cs, q_t, heads * GROUP, valid, LIFT)
-            x *= decay
-            for part in range(0, LIFT):
-                parts = cs * 0 + part
-                gains = query_gains(GAMMA, MIXING, h, r, cs, parts, key_dim, valid, GROUP, PARTS, LIFT, GATED, MIXED)
-                q = lifted(x, root, query, t0 + ts, cs, parts, q_t, key_dim, valid, LIFT) * gains[None, :]
-                out = ((z * (GROUP * PARTS) + r) * tokens + t0) * channels + part * key_dim
-                tl.store(Q_NEAR + out + tile, q.to(Q_NEAR.dtype.element_ty), mask=inside)
-                if blocks > 1:
-                    tl.store(Q_FAR + out + tile, (q * far).to(Q_FAR.dtype.element_ty), mask=inside)
-        before += tl.sum(g, 0)
+        for part in tl.static_range(LIFT):
+            tl.store(CHUNK_DECAY + row * channels + part * key_dim + cs, other, mask=valid)
+    else:
+        Q += b * q_b + h * q_h
+        Q_ROOT += (b * tokens * heads + h) * GROUP
+        for s in range(0, blocks):  # `other` is what decays before
+            t0 = start + s * BLOCK
+            g = load_decay(G, t0 + ts, cs, g_t, key_dim, key_dim, (ts >= 0)[:, None])
+            decay = tl.exp2(since_start(g)) * scale
+            far = tl.exp2(other)
+            for r in range(0, GROUP * PARTS):
+                query = Q + (r // PARTS) * q_g
+                x = tl.load(query + (t0 + ts)[:, None] * q_t + cs[None, :], mask=valid[None, :], other=0.0)
+                write_parts(
+                    query, Q_ROOT + r // PARTS, GAMMA, MIXING, Q_NEAR, Q_FAR, x, decay, far, h, r, t0 + ts, cs, q_t, heads * GROUP,
+                    ((z * (GROUP * PARTS) + r) * tokens + t0) * channels, tile, key_dim, valid,
+                    GROUP, PARTS, LIFT, GATED, MIXED, blocks > 1,
+                )  # fmt: skip
+            other += tl.sum(g, 0)
 
 
 @triton.jit
-def decay_between(BLOCK_DECAY, u, s, channels):
-    """Log2-decay from the end of block u to the start of a later block s."""
+def decay_between(BLOCK_DECAY, u, s, channels, BLOCKS: tl.constexpr):
+    """Log2-decay from the end of block u to the start of a later block s, or of the same one; without a loop, which would keep the
+    loads of a loop around it from overlapping."""
     total = tl.load(BLOCK_DECAY + s * channels) * 0.0
-    for m in range(u + 1, s):
-        total += tl.load(BLOCK_DECAY + m * channels)
+    for m in tl.static_range(1, BLOCKS - 1):
+        total += tl.load(BLOCK_DECAY + tl.minimum(u + m, s) * channels) * (u + m < s)
     return total
 
 
@@ -189,10 +214,8 @@ def scores(
     BLOCK_DECAY += (z * (tokens // BLOCK) + start // BLOCK) * channels + cs
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     for k0 in range(0, channels, BK):
-        if u == s:
-            factor = undecayed(tl.load(BLOCK_DECAY + s * channels + k0))
-        else:
-            factor = tl.exp2(decay_between(BLOCK_DECAY + k0, u, s, channels))
+        own = undecayed(tl.load(BLOCK_DECAY + s * channels + k0))
+        factor = tl.where(u == s, own, tl.exp2(decay_between(BLOCK_DECAY + k0, u, s, channels, CHUNK // BLOCK)))
         q_near = tl.load(q + k0)
         acc = dot((q_near * factor[None, :]).to(q_near.dtype), tl.load(k + k0), acc, PRECISION)
     if u == s:
@@ -233,25 +256,22 @@ def row_gradients(
     pairs_t = ts[None, :] * CHUNK + ts[:, None]
     own = (z * tokens + t0) * channels
     dtype = Q_NEAR.dtype.element_ty
-    before = tl.zeros([BK], tl.float32)
-    for m in range(0, s):
-        before += tl.load(BLOCK_DECAY + m * channels)
-    after = tl.zeros([BK], tl.float32)
-    for m in range(s + 1, blocks):
-        after += tl.load(BLOCK_DECAY + m * channels)
-    decay = undecayed(tl.load(BLOCK_DECAY + s * channels))[None, :]
+    decay = undecayed(tl.load(BLOCK_DECAY + s * channels))
+    # Decays between blocks grow with the loops below, as `decay_between` adds them up.
     dk = tl.zeros([BLOCK, BK], tl.float32)
+    after = tl.zeros([BK], tl.float32)
     for r in range(0, READERS):
         zr = z * READERS + r
         q = Q_NEAR + (zr * tokens + t0) * channels
         da = DA + (zr * tokens + t0) * CHUNK + s * BLOCK
-        for u in range(1, blocks - s):  # queries of later blocks
-            between = tl.exp2(decay_between(BLOCK_DECAY, s, s + u, channels))[None, :]
-            da_us = tl.load(da + u * BLOCK * CHUNK + pairs_t)
-            q_u = tl.load(q + u * BLOCK * channels + tile)
-            dk = dot(da_us, (q_u * between).to(dtype), dk, PRECISION)
-        da_ss = tl.where(ts[:, None] <= ts[None, :], tl.load(da + pairs_t), 0.0).to(dtype)
-        dk = dot(da_ss, (tl.load(q + tile) * decay).to(dtype), dk, PRECISION)
+        after = tl.zeros([BK], tl.float32)
+        for i in range(0, blocks - s):  # queries of this block and of later ones
+            da_us = tl.load(da + i * BLOCK * CHUNK + pairs_t)
+            da_us = tl.where((i > 0) | (ts[:, None] <= ts[None, :]), da_us, 0.0).to(dtype)
+            q_u = tl.load(q + i * BLOCK * channels + tile)
+            factor = tl.where(i > 0, tl.exp2(after), decay)
+            dk = dot(da_us, (q_u * factor[None, :]).to(dtype), dk, PRECISION)
+            after += tl.load(BLOCK_DECAY + (s + i) * channels) * (i > 0)
     k_near = tl.load(K_NEAR + own + tile)
     db = -dk * k_near.to(tl.float32)
     dk += tl.load(DK_FAR + own + tile) * tl.exp2(after)[None, :]
@@ -260,20 +280,22 @@ def row_gradients(
     tl.store(out, dk.to(DK.dtype.element_ty))
     for r in range(0, READERS):
         zr = z * READERS + r
-        da = DA + (zr * tokens + t0) * CHUNK
+        da = DA + (zr * tokens + t0) * CHUNK + s * BLOCK
         q_near = tl.load(Q_NEAR + (zr * tokens + t0) * channels + tile)
-        dq = tl.load(DQ_FAR + (zr * tokens + t0) * channels + tile) * tl.exp2(before)[None, :]
-        db += dq * q_near.to(tl.float32)
-        for u in range(0, s):  # keys of earlier blocks
-            between = tl.exp2(decay_between(BLOCK_DECAY, u, s, channels))[None, :]
-            k_u = tl.load(K_NEAR + (z * tokens + start + u * BLOCK) * channels + tile)
-            product = dot(tl.load(da + u * BLOCK + pairs), k_u, tl.zeros([BLOCK, BK], tl.float32), PRECISION)
-            dq += product * between
-            db += product * (q_near * between).to(dtype).to(tl.float32)
-        da_ss = tl.where(ts[:, None] >= ts[None, :], tl.load(da + s * BLOCK + pairs), 0.0).to(dtype)
-        product = dot(da_ss, tl.load(K_NEAR + own + tile), tl.zeros([BLOCK, BK], tl.float32), PRECISION)
-        dq += product * decay
-        db += product * (q_near * decay).to(dtype).to(tl.float32)
+        dq = tl.zeros([BLOCK, BK], tl.float32)
+        before = tl.zeros([BK], tl.float32)
+        for i in range(0, s + 1):  # keys of this block and of earlier ones, the last one first
+            da_su = tl.load(da - i * BLOCK + pairs)
+            da_su = tl.where((i > 0) | (ts[:, None] >= ts[None, :]), da_su, 0.0).to(dtype)
+            k_u = tl.load(K_NEAR + own - i * BLOCK * channels + tile)
+            product = dot(da_su, k_u, tl.zeros([BLOCK, BK], tl.float32), PRECISION)
+            factor = tl.where(i > 0, tl.exp2(before), decay)[None, :]
+            dq += product * factor
+            db += product * (q_near * factor).to(dtype).to(tl.float32)
+            before += tl.load(BLOCK_DECAY + (s - i) * channels) * (i > 0)
+        far = tl.load(DQ_FAR + (zr * tokens + t0) * channels + tile) * tl.exp2(before)[None, :]
+        dq += far
+        db += far * q_near.to(tl.float32)
         dq *= tl.exp2(since_start(load_decay(G, t0 + ts, cs, g_t, key_dim, state_dim, (ts >= 0)[:, None]))) * scale
         out = DQ + b * dq_b + h * dq_h + r * dq_r + t0 * dq_t + ts[:, None] * dq_t + cs[None, :]
         tl.store(out, dq.to(DQ.dtype.element_ty))

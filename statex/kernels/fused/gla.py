@@ -6,8 +6,10 @@ chunks and one float32 state a segment. With bfloat16 inputs products and stored
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..lift import channel_mixing, lift_factor
-from . import blocks, gated, steep
+from . import blocks, gated, steep, together
 from .layout import (
     BLOCK,
     Operands,
@@ -92,6 +94,10 @@ def gla(
         initial_state = padded(padded_parts(initial_state.float(), parts, padded_width), 2, channels).contiguous()
     if mixing is not None:
         mixing = channel_mixing(mixing, 1, key_dim)
+    kind = (dataclasses.replace(shape, batch=1, scale=1.0), q.dtype, log_decay.dtype, mixing is None, lift_gamma is None)
+    end = shape.segments(whole)[0][1]
+    first = (*(x[:, :end] for x in (q, k, v, log_decay)), mixing, lift_gamma, initial_state, shape)
+    together.compile_pass(kind, _GLA, first, backward=shape.differentiable)
     o, state = _GLA.apply(q, k, v, log_decay, mixing, lift_gamma, initial_state, shape)
     o = without_padding(o[:, :tokens], parts, width).to(out_dtype)
     return o, without_padding(state[:, :, :state_dim], parts, width) if output_final_state else None
@@ -132,24 +138,26 @@ class _Shape:
         return self.values // self.parts
 
     def segments(self, tokens: int) -> list[tuple[int, int]]:
-        size = self.how.dtype.itemsize
-        rows = self.channels * ((1 + self.readers) * ((2 if self.straight else 3) * size + 4) + 8)
-        states = size * self.channels * self.values // self.chunk
-        return segments(tokens, self.chunk, self.batch * self.heads * (rows + states + 2 * size * self.readers * self.chunk))
+        size, rows = self.how.dtype.itemsize, 1 + self.readers
+        states, scores = size * self.channels * self.values // self.chunk, size * self.readers * self.chunk
+        held = 2 * size * rows * self.channels + states + scores
+        if self.differentiable:
+            held += self.channels * (4 * rows + 4 + (0 if self.straight else size * rows)) + scores
+        return segments(tokens, self.chunk, self.batch * self.heads * held)
 
 
 class _Segment:
     """Scratch of one run of chunks: what both passes make from its inputs."""
 
     def __init__(self, shape: _Shape, rows: Iterable[Tensor], gamma: Tensor | None, mixing: Tensor | None) -> None:
-        q, k, v, g = rows
+        q, k, v, g, q_root, k_root = rows
         self.shape, self.q, self.k, self.v, self.g = shape, q, k, v, g
         self.tokens = q.shape[1]
         self.chunks = self.tokens // shape.chunk
         s = shape
         self.query_rows = Rows(s.heads, s.lift, s.channels, gamma, mixing)
         self.key_rows = Rows(s.heads, s.lift, s.channels, None, None)
-        self.roots = (roots(q), roots(k)) if s.lift > 1 else (q, k)
+        self.roots = (q_root.contiguous(), k_root.contiguous()) if s.lift > 1 else (q_root, k_root)
         # Kernels leave padded channels as they are; products take them in.
         new = torch.zeros if s.channels > s.state_dim else torch.empty
         self.q_near = self.scratch(s.readers, self.tokens, s.channels, new=new)
@@ -159,8 +167,8 @@ class _Segment:
         self.k_far = self.k_near if same else self.scratch(1, self.tokens, s.channels, new=new)
         self.block_decay = self.scratch(self.tokens // BLOCK, s.channels, dtype=torch.float32, new=new)
         self.chunk_decay = self.scratch(self.chunks, s.channels, dtype=torch.float32, new=new)
-        launch = launch_of("rows" if s.lift == 1 else "lifted rows", s.how)
-        gated.decay_rows[(-(-s.key_dim // launch.columns), self.chunks, s.batch * s.heads)](
+        launch = launch_of("lifted rows" if s.lift > 1 else "rows" if mixing is None else "mixed rows", s.how)
+        together.launch(gated.decay_rows, (2 * -(-s.key_dim // launch.columns), self.chunks, s.batch * s.heads))(
             *self.inputs, self.q_near, self.q_far, self.k_near, self.k_far, self.block_decay, self.chunk_decay,
             *self.sizes, **self.forms, BK=launch.columns, **launch.options(launch.rows, launch.columns),
         )  # fmt: skip
@@ -170,13 +178,13 @@ class _Segment:
         s = self.shape
         return new(s.batch, s.heads, *sizes, dtype=dtype or s.how.dtype, device=self.q.device)
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[Tensor, ...]:
         """What the kernels of `gated` make rows of; they do not look at what a form lacks."""
         gamma, mixing = (self.q if extra is None else extra for extra in (self.query_rows.gamma, self.query_rows.mixing))
         return self.q, self.k, self.g, *self.roots, gamma, mixing
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[Any, ...]:
         """Strides of queries, keys and log-decays, and sizes, as the kernels of `gated` take them."""
         s, q, k, g = self.shape, self.q, self.k, self.g
@@ -184,7 +192,7 @@ class _Segment:
         others = (x.stride(dim) for x in (k, g) for dim in (0, 2, 1))
         return (*queries, *others, s.heads, self.tokens, s.channels, s.key_dim, s.state_dim, s.scale)
 
-    @property
+    @cached_property
     def forms(self) -> dict[str, Any]:
         """What the kernels of `gated` are compiled for."""
         s, rows = self.shape, self.query_rows
@@ -200,11 +208,11 @@ class _Segment:
         s = self.shape
         out = self.scratch(s.readers, self.tokens, s.chunk)
         launch = launch_of("scores", s.how)
-        gated.scores[(self.pairs, self.chunks, s.batch * s.heads * s.readers)](
+        together.launch(gated.scores, (self.pairs, self.chunks, s.batch * s.heads * s.readers))(
             self.q_near, self.k_near, self.block_decay, out, self.tokens, s.channels,
             READERS=s.readers, CHUNK=s.chunk, PRECISION=s.how.precision, BK=BLOCK, **launch.options(BLOCK, BLOCK),
         )  # fmt: skip
-        steep.add_scores[(self.tokens // BLOCK, s.batch * s.heads * s.readers)](
+        together.launch(steep.add_scores, (self.tokens // BLOCK, s.batch * s.heads * s.readers))(
             *self.inputs, self.block_decay, out, *self.sizes, **self.forms, PRECISION=s.how.precision, BK=STEEP,
             WIDTH=triton.next_power_of_2(s.channels),
         )  # fmt: skip
@@ -229,7 +237,7 @@ class _Segment:
             x, x_strides = self.q_far, [*self.q_far.stride()[:2], s.parts * readers, readers, s.channels]
             y, y_strides = grad, [grad.stride(0), s.group * grad.stride(2), grad.stride(2), grad.stride(1)]
             energy, group = torch.empty(grid[0], *self.chunk_decay.shape, dtype=torch.float32, device=end.device), s.group
-        blocks.carry_states[grid](
+        together.launch(blocks.carry_states, grid)(
             x, y, end, self.chunk_decay, start, carried, end, carried if states is None else states, energy,
             *x_strides, *y_strides, 0, 0, 0, s.heads, self.chunks, s.channels, s.values, s.part_width, 1,
             GROUP=group, CHUNK=s.chunk, BY_ROW=True, BACKWARD=backward, PRECISION=s.how.precision, BK=bk, BV=bv,
@@ -245,7 +253,7 @@ class _Segment:
         readers = x.stride(2)
         query = 1 if transposed else s.group  # value rows have one head where query rows have a group
         y_heads, o_heads = (s.group, 1) if transposed else (1, query)
-        blocks.read_states[(s.values // bn, self.tokens // bm, s.batch * s.heads * query)](
+        together.launch(blocks.read_states, (s.values // bn, self.tokens // bm, s.batch * s.heads * query))(
             x, states, scores, y, out, out, out, out, out, out, out, out,
             x.stride(0), x.stride(1), s.parts * readers, readers, s.channels,
             y.stride(0), y_heads * y.stride(2), y.stride(2), y.stride(1),
@@ -261,7 +269,7 @@ class _Segment:
         out = self.scratch(group * parts, self.tokens, s.channels, dtype=torch.float32)
         launch = launch_of("project", s.how)
         bm, bn = min(s.chunk, launch.rows), tile(s.channels, launch.columns, 128, 64)
-        blocks.project[(s.channels // bn, self.tokens // bm, s.batch * s.heads * group * parts)](
+        together.launch(blocks.project, (s.channels // bn, self.tokens // bm, s.batch * s.heads * group * parts))(
             x, states, out, out, out, out, x.stride(0), group * x.stride(2), x.stride(2), x.stride(1), 0, 0, 0,
             *out.stride()[:4], 0, 0, 0,
             s.heads, self.tokens, self.chunks, s.channels, s.values, s.values // parts, 1,
@@ -274,7 +282,7 @@ class _Segment:
         """Gradients of undecayed pairs, dO_i · v_j, laid out as the scores."""
         s, v = self.shape, self.v
         out = self.scratch(s.readers, self.tokens, s.chunk)
-        blocks.score_pairs[(self.pairs, self.chunks, s.batch * s.heads * s.readers)](
+        together.launch(blocks.score_pairs, (self.pairs, self.chunks, s.batch * s.heads * s.readers))(
             do, v, out, do.stride(0), s.group * do.stride(2), do.stride(2), do.stride(1), v.stride(0), v.stride(2), v.stride(1),
             s.heads, self.tokens, s.part_width,
             GROUP=s.group, PARTS=s.parts, CHUNK=s.chunk, PRECISION=s.how.precision, BK=BLOCK,
@@ -288,24 +296,51 @@ class _Segment:
         db = self.scratch(self.tokens, s.channels, dtype=torch.float32)
         launch = launch_of("row gradients", s.how)
         strides = (*dq.stride()[:4], dk.stride(0), dk.stride(1), dk.stride(3))
-        gated.row_gradients[(s.channels // launch.columns, self.tokens // BLOCK, s.batch * s.heads)](
+        together.launch(gated.row_gradients, (s.channels // launch.columns, self.tokens // BLOCK, s.batch * s.heads))(
             self.g, self.q_near, self.k_near, self.block_decay, da, dq_far, dk_far, dq, dk, db, *self.sizes[7:10], *strides,
             *self.sizes[10:], READERS=s.readers, CHUNK=s.chunk, PRECISION=s.how.precision, BK=launch.columns,
             **launch.options(launch.rows, launch.columns),
         )  # fmt: skip
-        steep.add_gradients[(-(-s.channels // SPAN), self.tokens // BLOCK, s.batch * s.heads)](
+        together.launch(steep.add_gradients, (-(-s.channels // SPAN), self.tokens // BLOCK, s.batch * s.heads))(
             *self.inputs, self.block_decay, da, dq, dk, db, *self.sizes, *strides, **self.forms, PRECISION=s.how.precision,
             BK=STEEP, SPAN=SPAN,
         )  # fmt: skip
         return db
 
+    def outputs(self, state: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Writes the outputs `[B, t, Hq, V]`, given the state in front; the states, the scores, and the state behind."""
+        scores = self.scores()
+        states, state, _ = self.carry(state)
+        self.read(self.q_far, states, scores, self.v, out, transposed=False)
+        return states, scores, state
+
+    def gradients(
+        self, do: Tensor, dstate: Tensor, states: Tensor, scores: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, dg: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Writes those of the rows, given that of the state behind; those of the state in front, γ and M."""
+        s = self.shape
+        dstates, dstate, energy = self.carry(dstate, do, states)
+        self.read(self.k_far, dstates, scores, do, dv, transposed=True)
+        dq_far, dk_far = self.project(do, states, s.group, s.parts), self.project(self.v, dstates, 1, 1)
+        del dstates
+        if s.straight:
+            dq_rows, dk_rows = dq.unflatten(2, (s.heads, -1)).movedim(1, 3), dk.unsqueeze(3).movedim(1, 3)
+        else:
+            dq_rows, dk_rows = (torch.empty_like(far, dtype=s.how.dtype) for far in (dq_far, dk_far))
+        db = self.row_gradients(self.score_gradients(do), dq_far, dk_far, dq_rows, dk_rows)
+        self.decay_gradients(db, dk_far, energy, dg)
+        if s.straight:
+            return dstate, None, None
+        self.key_rows.take_apart(self.k, dk_rows, dk)
+        return dstate, *self.query_rows.take_apart(self.q, dq_rows, dq)
+
     def decay_gradients(self, db: Tensor, dk_far: Tensor, energy: Tensor, dg: Tensor) -> None:
         """Writes the gradient of log-decays `[B, t, heads, K]`; uses `dk_far` up."""
         s = self.shape
-        gated.decay_gradients[(-(-s.key_dim // BLOCK), self.chunks, s.batch * s.heads)](
+        together.launch(gated.decay_gradients, (-(-s.key_dim // BLOCK), self.chunks, s.batch * s.heads))(
             db, dk_far, self.k_far, energy, dg, dg.stride(0), dg.stride(2), dg.stride(1),
             s.heads, self.tokens, s.channels, s.key_dim, energy.shape[0],
-            LIFT=s.lift, CHUNK=s.chunk, BK=BLOCK, **launch_of("rows", s.how).options(BLOCK, BLOCK),
+            LIFT=s.lift, CHUNK=s.chunk, BK=BLOCK, **launch_of("decay gradients", s.how).options(BLOCK, BLOCK),
         )  # fmt: skip
 
 
@@ -314,15 +349,15 @@ class _GLA(torch.autograd.Function):
     def forward(ctx, q, k, v, log_decay, mixing, gamma, state, shape):
         """Rows `[B, T, ...]` of whole chunks and padded values; the state padded, float32."""
         o = torch.empty(*q.shape[:3], shape.values, dtype=v.dtype, device=q.device)
+        rows = (q, k, v, log_decay, *((roots(q), roots(k)) if shape.lift > 1 else (q, k)))
         kept: list[Tensor] = []
         for start, end in shape.segments(q.shape[1]):
-            segment = _Segment(shape, (x[:, start:end] for x in (q, k, v, log_decay)), gamma, mixing)
-            scores = segment.scores()
-            states, state, _ = segment.carry(state)
-            segment.read(segment.q_far, states, scores, segment.v, o[:, start:end], transposed=False)
+            segment = _Segment(shape, (x[:, start:end] for x in rows), gamma, mixing)
+            states, scores, state = segment.outputs(state, o[:, start:end])
             if shape.differentiable:
                 kept += [states, scores]
-        ctx.save_for_backward(q, k, v, log_decay, mixing, gamma, *kept)
+            del segment, states, scores  # before the next one takes its scratch
+        ctx.save_for_backward(*rows, mixing, gamma, *kept)
         ctx.shape = shape
         return o, state
 
@@ -330,30 +365,20 @@ class _GLA(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do, dstate):
         """Segments from the last to the first, each made again from the state in front of it."""
-        q, k, v, log_decay, mixing, gamma, *kept = ctx.saved_tensors
+        q, k, v, log_decay, q_root, k_root, mixing, gamma, *kept = ctx.saved_tensors
+        rows = (q, k, v, log_decay, q_root, k_root)
         shape: _Shape = ctx.shape
         do, dstate = unit_stride(do), dstate.contiguous()
-        dq, dk, dv, dg = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, log_decay))
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in rows[:4]]
         dgamma = None if gamma is None else torch.zeros_like(gamma, dtype=torch.float32)
         dmixing = None if mixing is None else torch.zeros_like(mixing, dtype=torch.float32)
-        for (start, end), states, scores in reversed(list(zip(shape.segments(q.shape[1]), kept[::2], kept[1::2], strict=True))):
-            segment = _Segment(shape, (x[:, start:end] for x in (q, k, v, log_decay)), gamma, mixing)
-            part = do[:, start:end]
-            dstates, dstate, energy = segment.carry(dstate, part, states)
-            segment.read(segment.k_far, dstates, scores, part, dv[:, start:end], transposed=True)
-            dq_far, dk_far = segment.project(part, states, shape.group, shape.parts), segment.project(segment.v, dstates, 1, 1)
-            del dstates
-            dq_part, dk_part = dq[:, start:end], dk[:, start:end]
-            if shape.straight:
-                dq_rows, dk_rows = dq_part.unflatten(2, (shape.heads, -1)).movedim(1, 3), dk_part.unsqueeze(3).movedim(1, 3)
-            else:
-                dq_rows, dk_rows = (torch.empty_like(far, dtype=shape.how.dtype) for far in (dq_far, dk_far))
-            db = segment.row_gradients(segment.score_gradients(part), dq_far, dk_far, dq_rows, dk_rows)
-            segment.decay_gradients(db, dk_far, energy, dg[:, start:end])
-            if not shape.straight:
-                more_gamma, more_mixing = segment.query_rows.take_apart(segment.q, dq_rows, dq_part)
-                segment.key_rows.take_apart(segment.k, dk_rows, dk_part)
-                dgamma = None if dgamma is None or more_gamma is None else dgamma + more_gamma
-                dmixing = None if dmixing is None or more_mixing is None else dmixing + more_mixing
+        for (start, end), states, scores in reversed(list(zip(shape.segments(do.shape[1]), kept[::2], kept[1::2], strict=True))):
+            segment = _Segment(shape, (x[:, start:end] for x in rows), gamma, mixing)
+            dstate, more_gamma, more_mixing = segment.gradients(
+                do[:, start:end], dstate, states, scores, *(x[:, start:end] for x in grads)
+            )
+            del segment
+            dgamma = None if dgamma is None or more_gamma is None else dgamma + more_gamma
+            dmixing = None if dmixing is None or more_mixing is None else dmixing + more_mixing
         dgamma, dmixing = (None if grad is None else grad.to(x.dtype) for grad, x in ((dgamma, gamma), (dmixing, mixing)))
-        return dq, dk, dv, dg, dmixing, dgamma, dstate, None
+        return *grads, dmixing, dgamma, dstate, None

@@ -42,11 +42,14 @@ class Launch:
     columns: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
+    """Most registers of a thread, where fewer let more programs run side by side."""
 
     def options(self, rows: int, columns: int) -> dict[str, int]:
-        """`num_warps` and `num_stages` for the tile in use: fewer warps where it is smaller than wanted."""
+        """Triton's options for the tile in use: fewer warps where it is smaller than wanted."""
         warps = self.num_warps if rows * columns >= self.rows * self.columns else min(self.num_warps, 4)
-        return {"num_warps": warps, "num_stages": self.num_stages}
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": warps, "num_stages": self.num_stages, **limit}
 
 
 LAUNCHES = {
@@ -59,9 +62,11 @@ LAUNCHES = {
     "block gradients": Launch(64, 64, 4, 3),
     "pair gradients": Launch(64, 64, 4, 3),
     "scores": Launch(64, 64, 4, 2),
-    "rows": Launch(64, 64, 4, 2),
-    "lifted rows": Launch(64, 32, 4, 2),
+    "rows": Launch(64, 64, 4, 2, 128),
+    "mixed rows": Launch(64, 64, 4, 2, 168),
+    "lifted rows": Launch(64, 32, 4, 2, 168),
     "row gradients": Launch(64, 64, 4, 2),
+    "decay gradients": Launch(64, 64, 4, 2),
 }
 """For bfloat16. Nothing is tuned at run time, so that the first step comes soon. Compilers have been wrong at single tile sizes:
 `pytest -m gpu tests/kernels/test_cuda.py` compares all of these with float64 at the sizes of released models."""
@@ -78,7 +83,8 @@ def launch_of(name: str, how: Operands) -> Launch:
     launch = LAUNCHES[name]
     if how.dtype != torch.float32:
         return launch
-    return Launch(max(BLOCK, launch.rows // 2), max(BLOCK, launch.columns // 2), 4, 2)
+    rows, columns = (max(min(size, BLOCK), size // 2) for size in (launch.rows, launch.columns))
+    return Launch(rows, columns, 4, 2)
 
 
 def require_grid(programs: int) -> None:
@@ -175,5 +181,5 @@ def forget_at_borders(log_decay: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     tokens = log_decay.shape[1]
     # Borders at T belong to empty sequences at the end: one slot more takes them.
     first = torch.zeros(tokens + 1, dtype=torch.bool, device=log_decay.device)
-    first[cu_seqlens.to(log_decay.device, torch.int64)] = True
+    first.index_fill_(0, cu_seqlens.to(log_decay.device, torch.int64), True)  # an assignment would make the host wait
     return log_decay.masked_fill(first[:tokens].view(1, -1, *[1] * (log_decay.dim() - 2)), FORGET)

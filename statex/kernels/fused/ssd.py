@@ -7,6 +7,7 @@ and split into two float32 numbers, so that their differences are exact to round
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..lift import lift_factor
-from . import blocks, by_head
+from . import blocks, by_head, together
 from .layout import (
     BLOCK,
     Operands,
@@ -92,6 +93,10 @@ def ssd(
     else:
         state = padded(padded(initial_state.float(), 3, width), 2, channels)
         state = state.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3).contiguous()
+    end = shape.segments(whole)[0][1]
+    first = (*(u[:, :end] for u in (x, dt, log_decay, B, C)), D, lift_gamma, state, shape)
+    kind = (dataclasses.replace(shape, batch=1), x.dtype, D is None, lift_gamma is None)
+    together.compile_pass(kind, _SSD, first, backward=shape.differentiable)
     y, state = _SSD.apply(x, dt, log_decay, B, C, D, lift_gamma, state, shape)
     y = y[:, :tokens, :, :head_dim].to(out_dtype)
     if not output_final_state:
@@ -183,7 +188,7 @@ class _Segment:
         self.hi, self.lo, self.reading, self.to_end, self.writing, self.dt = self.per_step(6)
         self.chunk_decay = self.scratch(self.chunks, s.heads, dtype=torch.float32)
         width = min(HEADS, triton.next_power_of_2(heads))
-        by_head.step_sums[(triton.cdiv(heads, width), self.chunks, s.batch)](
+        together.launch(by_head.step_sums, (triton.cdiv(heads, width), self.chunks, s.batch))(
             g, dt, self.hi, self.lo, self.reading, self.to_end, self.writing, self.dt, self.chunk_decay,
             g.stride(0), g.stride(1), dt.stride(0), dt.stride(1), self.chunks, heads, s.heads, CHUNK=s.chunk, BH=width, num_warps=8,
         )  # fmt: skip
@@ -192,7 +197,7 @@ class _Segment:
         """C_i · B_j without decays, `[B, groups, 1, t, chunk]`, written for blocks on and below the diagonal."""
         s, q, k = self.shape, self.queries, self.keys
         out = self.scratch(1, self.tokens, s.chunk)
-        blocks.score_pairs[(self.pairs, self.chunks, s.batch * s.groups)](
+        together.launch(blocks.score_pairs, (self.pairs, self.chunks, s.batch * s.groups))(
             q, k, out, q.stride(0), q.stride(1), 0, q.stride(3), k.stride(0), k.stride(1), k.stride(3),
             s.groups, self.tokens, s.channels,
             GROUP=1, PARTS=1, CHUNK=s.chunk, PRECISION=s.how.precision, BK=BLOCK, **launch_of("pairs", s.how).options(BLOCK, BLOCK),
@@ -214,7 +219,7 @@ class _Segment:
             energy = torch.empty(grid[1], s.batch * s.groups, self.chunks, s.values, dtype=torch.float32, device=end.device)
         x_strides = (rows.stride(0), rows.stride(1), 0, 0, rows.stride(3))
         y_b, y_h, y_t = self.column_strides(values)
-        blocks.carry_states[grid](
+        together.launch(blocks.carry_states, grid)(
             rows, values, weights, self.chunk_decay, start, carried, end, carried if states is None else states, energy,
             *x_strides, y_b, y_h, 0, y_t, *self.step_strides, s.groups, self.chunks, s.channels, s.values, s.values, s.head_dim,
             GROUP=1, CHUNK=s.chunk, BY_ROW=False, BACKWARD=backward, PRECISION=s.how.precision, BK=bk, BV=bv,
@@ -235,7 +240,7 @@ class _Segment:
         partner_strides = (0, 0, 0) if partner is None else self.column_strides(partner)
         y_b, y_h, y_t = self.column_strides(y)
         o_b, o_h, o_t = (0, 0, 0) if out is None else self.column_strides(out)
-        blocks.read_states[(s.values // bn, self.tokens // bm, s.batch * s.groups)](
+        together.launch(blocks.read_states, (s.values // bn, self.tokens // bm, s.batch * s.groups))(
             rows, states, self.scores, y, y if out is None else out, scale, self.hi, self.lo, self.dt,
             self.dt if self.D is None else self.D, y if partner is None else partner, sums,
             rows.stride(0), rows.stride(1), 0, 0, rows.stride(3), y_b, y_h, 0, y_t, o_b, o_h, 0, o_t, *partner_strides,
@@ -254,7 +259,7 @@ class _Segment:
         launch = launch_of("project", s.how)
         bm, bn = min(s.chunk, launch.rows), tile(s.channels, launch.columns, 128, 64)
         x_b, x_h, x_t = self.column_strides(x)
-        blocks.project[(s.channels // bn, self.tokens // bm, s.batch * s.groups)](
+        together.launch(blocks.project, (s.channels // bn, self.tokens // bm, s.batch * s.groups))(
             x, states, dscores, rows, weights, out, x_b, x_h, 0, x_t, rows.stride(0), rows.stride(1), rows.stride(3),
             out.stride(0), out.stride(1), 0, out.stride(2), *self.step_strides,
             s.groups, self.tokens, self.chunks, s.channels, s.values, s.values, s.head_dim,
@@ -276,7 +281,7 @@ class _Segment:
         own, inside, skip = self.per_step(), self.per_step(), self.per_step()
         programs = {"block gradients": slots} | ({"pair gradients": self.pairs} if slots > 1 else {})
         for name, count in programs.items():
-            by_head.pair_gradients[(count, self.chunks, s.batch * s.groups)](
+            together.launch(by_head.pair_gradients, (count, self.chunks, s.batch * s.groups))(
                 self.x, dy, self.scores, self.hi, self.lo, self.dt, dscores, rows, columns, own, inside, skip,
                 *self.column_strides(self.x), *self.column_strides(dy), *self.step_strides,
                 s.groups, self.tokens, s.heads, own.numel(),
@@ -291,7 +296,7 @@ class _Segment:
         s, heads = self.shape, self.shape.groups * self.shape.heads
         crossing = energy.unflatten(-1, (s.heads, s.head_dim)).sum((0, -1))
         width = min(HEADS, triton.next_power_of_2(heads))
-        by_head.step_gradients[(triton.cdiv(heads, width), self.tokens // BLOCK, s.batch)](
+        together.launch(by_head.step_gradients, (triton.cdiv(heads, width), self.tokens // BLOCK, s.batch))(
             self.g, self.dt, *parts, crossing, ddt, dg, self.g.stride(0), self.g.stride(1), ddt.stride(0), ddt.stride(1),
             self.chunks, heads, s.heads, self.dt.numel(), CHUNK=s.chunk, BH=width,
         )  # fmt: skip

@@ -1,0 +1,122 @@
+"""What surrounds a recurrence in a layer: norms, gates, the short convolution. One pass over memory each on a GPU.
+
+In PyTorch these took more of a training step than the recurrences: every cast, product and sum of a gated norm reads and writes all
+channels of all tokens. `fused.pointwise` and `fused.convolution` do
+the same in Triton; they are taken on CUDA devices for float32, bfloat16 and float16.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from . import triton_backend
+
+ALIASES = {None: "identity", "swish": "silu"}
+FUSED = ("identity", "silu", "sigmoid")
+"""Activations that the Triton kernels know."""
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor | None,
+    *,
+    eps: float,
+    groups: int = 1,
+    gate: Tensor | None = None,
+    activation: str | None = "silu",
+    gate_first: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """RMS norm within each of `groups` equal groups of channels, weighted, and gated; computed in float32 or x's higher precision.
+
+    Args:
+        x: `[..., channels]`.
+        weight: one number per channel, or per channel of a group and then all groups share it; None: no weight.
+        gate: like x; None: no gate.
+        activation: of the gate, a name that transformers knows; None: the gate comes activated.
+        gate_first: norm(x · act(gate)) · weight instead of norm(x) · weight · act(gate).
+        dtype: of the result; by default x's.
+    """
+    dtype = x.dtype if dtype is None else dtype
+    name = ALIASES.get(activation, activation)
+    kernels = _kernels(name, x, weight, gate)
+    if kernels is not None and x.shape[-1] // groups <= kernels.LONGEST_ROW:
+        normed: Tensor = kernels.norm(x, weight, gate, groups=groups, eps=eps, activation=name, gate_first=gate_first, dtype=dtype)
+        return normed
+    wide = torch.promote_types(x.dtype, torch.float32)
+    factor = None if gate is None else _activated(gate.to(wide), name)
+    rows = x.to(wide)
+    if factor is not None and gate_first:
+        rows = rows * factor
+    rows = rows.unflatten(-1, (groups, -1))
+    rows = F.rms_norm(rows, rows.shape[-1:], eps=eps)
+    if weight is not None:
+        rows = rows * weight.to(wide).view(-1, rows.shape[-1])
+    rows = rows.flatten(-2)
+    if factor is not None and not gate_first:
+        rows = rows * factor
+    return rows.to(dtype)
+
+
+def gated_product(gate: Tensor, up: Tensor, activation: str | None) -> Tensor:
+    """act(gate) · up, both `[..., channels]`; the heart of a gated MLP (arXiv 2002.05202). Computed as `norm` is, in up's dtype."""
+    name = ALIASES.get(activation, activation)
+    kernels = _kernels(name, up, gate)
+    if kernels is not None:
+        product: Tensor = kernels.gated_product(gate, up, name)
+        return product
+    wide = torch.promote_types(up.dtype, torch.float32)
+    return (_activated(gate.to(wide), name) * up.to(wide)).to(up.dtype)
+
+
+def short_convolution(
+    x: Tensor, taps: Tensor, bias: Tensor | None, since_start: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """Causal depthwise convolution over a few tokens.
+
+    Args:
+        x: `[B, T, channels]`; zeros are before the first token.
+        taps: `[channels, width]`, the last for a token itself.
+        bias: `[channels]`, or None.
+        since_start: `[T]`, tokens since the start of each token's packed sequence, over which nothing looks; None for one sequence.
+        activation: of the result, or None.
+    """
+    name = ALIASES.get(activation, activation)
+    width, tokens = taps.shape[1], x.shape[1]
+    kernels = _kernels(name, x, taps, bias, module="convolution")
+    if kernels is not None and width <= kernels.MOST_TAPS:
+        convolved: Tensor = kernels.short_convolution(x, taps, bias, since_start, name)
+        return convolved
+    # A product and a sum a tap: for a few taps faster than a depthwise Conv1d, which wants channels first.
+    inputs = F.pad(x, (0, 0, width - 1, 0))
+    taps = taps.t().to(x.dtype)
+    mixed = x * taps[width - 1]
+    if bias is not None:
+        mixed = mixed + bias.to(x.dtype)
+    for lag in range(1, width):
+        delayed = inputs[:, width - 1 - lag :][:, :tokens]
+        if since_start is not None:
+            delayed = delayed.masked_fill((since_start < lag)[:, None], 0)
+        mixed = torch.addcmul(mixed, delayed, taps[width - 1 - lag])
+    return _activated(mixed, name)
+
+
+def _kernels(activation: str | None, *tensors: Tensor | None, module: str = "pointwise") -> ModuleType | None:
+    """The Triton kernels, where they take such tensors. What is compiled is fused by the compiler."""
+    given = [x for x in tensors if x is not None]
+    if torch.compiler.is_compiling() or not all(x.is_cuda and x.dtype != torch.float64 for x in given):
+        return None
+    return triton_backend.MODULES.get(module) if activation in FUSED else None
+
+
+def _activated(x: Tensor, activation: str | None) -> Tensor:
+    if activation == "identity":
+        return x
+    activate = F.silu if activation == "silu" else ACT2FN[activation]
+    activated: Tensor = activate(x)
+    return activated
