@@ -41,18 +41,14 @@ BACKENDS: dict[str, dict[str, ModuleType]] = {
     "chunked": {"gla": chunked_gla, "ssd": chunked_ssd},
     "triton": triton_backend.MODULES,
 }
-"""Backend name to the modules that hold its `gla` and `ssd`. A new backend is a line here."""
+"""Backend name to the modules that hold its `gla` and `ssd`. A new backend is a line here.
+
+The delta rule and the selective scan have backends of the same names, listed in their own modules; HGRN's scan lacks "triton"."""
 
 
 def _module(backend: str, operation: str, x: Tensor) -> ModuleType:
     """The module that computes `operation` on tensors like `x`. Raises `ValueError` where the backend is unknown or cannot."""
-    if backend == "auto":
-        backend = "triton" if x.is_cuda and triton_backend.why_not(x) is None else "chunked"
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; choose one of auto, {', '.join(BACKENDS)}")
-    if backend == "triton" and (reason := triton_backend.why_not(x)) is not None:
-        raise ValueError(f"backend 'triton' {reason}; use auto or chunked")
-    return BACKENDS[backend][operation]
+    return BACKENDS[triton_backend.chosen(backend, BACKENDS, x, partial(triton_backend.why_not, x))][operation]
 
 
 def gla(

@@ -1,7 +1,8 @@
-"""Whether the Triton kernels are there, and which calls they take. Nothing else of the package needs Triton."""
+"""Whether the Triton kernels are there, and which calls go to them. Nothing else of the package needs Triton."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import cache
 from types import ModuleType
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 MODULES: dict[str, ModuleType] = {}
-"""`gla`, `ssd`, `selective_scan` and `delta` of the backend, `step` for one token, `pointwise` and
-`convolution` for what surrounds them; empty without Triton."""
+"""`gla`, `ssd`, `selective_scan` and `delta` of the backend, `step` for one token, `pointwise` and `convolution` for what surrounds
+them; empty without Triton."""
 
 INTERPRETED = False
 """Triton's interpreter is on: the kernels run on a CPU, slowly, for tests."""
@@ -26,6 +27,20 @@ try:
     INTERPRETED, NEEDED = blocks.INTERPRETED, layout.SHARED_MEMORY
 except ImportError:
     pass
+
+
+def chosen(backend: str, names: Iterable[str], x: Tensor, obstacle: Callable[[], str | None]) -> str:
+    """The backend, one of `names`, of a call on tensors like `x`; "auto" is "triton" on CUDA devices that meet no obstacle, else
+    "chunked". Raises `ValueError` on a name that is none of them, and on "triton" where an obstacle is in its way."""
+    if backend not in ("auto", *names):
+        raise ValueError(f"unknown backend {backend!r}; choose one of auto, {', '.join(names)}")
+    if backend == "triton" or (backend == "auto" and x.is_cuda):
+        reason = obstacle()
+        if reason is None:
+            return "triton"
+        if backend == "triton":
+            raise ValueError(f"backend 'triton' {reason}; use auto or chunked")
+    return "chunked" if backend == "auto" else backend
 
 
 def why_not(x: Tensor, shared_memory: int | None = None) -> str | None:
