@@ -90,7 +90,8 @@ def gla(
         o `[B, T, Hq, V]` in the dtype of `q`, and the final state `[N, H, factor * K, V]` in float32 (float64), or None.
 
     Raises:
-        ValueError: shapes that disagree, borders that do not run from 0 to T, a log-decay above 0, an unknown backend.
+        ValueError: shapes or devices that disagree, borders that do not run from 0 to T, a log-decay above 0, a backend that
+            is unknown or cannot take them.
     """
     module = _module(backend, "gla", q)
     check_gla(q, k, v, log_decay, mixing, lift_gamma, spectrum, initial_state, cu_seqlens)
@@ -155,7 +156,8 @@ def ssd(
         y `[B, T, H, P]` in the dtype of `x`, and the final state `[sequences, H, factor * N, P]` in float32 (float64), or None.
 
     Raises:
-        ValueError: shapes that disagree, borders that do not run from 0 to T, A above 0 or dt below 0, an unknown backend.
+        ValueError: shapes or devices that disagree, borders that do not run from 0 to T, A above 0 or dt below 0, a backend that
+            is unknown or cannot take them.
     """
     module = _module(backend, "ssd", x)
     check_ssd(x, dt, A, B, C, D, lift_gamma, spectrum, initial_state, cu_seqlens)

@@ -18,7 +18,9 @@ def check_gla(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Raises `ValueError` on inputs that `gla` cannot mean."""
-    check_device(q=q, k=k, v=v, log_decay=log_decay, mixing=mixing, lift_gamma=lift_gamma, initial_state=initial_state)
+    check_device(
+        q=q, k=k, v=v, log_decay=log_decay, mixing=mixing, lift_gamma=lift_gamma, spectrum=spectrum, initial_state=initial_state
+    )
     for name, tensor in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay)):
         _require(tensor.dim() == 4, f"{name} must be [B, T, H, D], got {_shape(tensor)}")
     batch, tokens, heads, key_dim = k.shape
@@ -51,7 +53,7 @@ def check_ssd(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Raises `ValueError` on inputs that `ssd` cannot mean."""
-    check_device(x=x, dt=dt, A=A, B=B, C=C, D=D, lift_gamma=lift_gamma, initial_state=initial_state)
+    check_device(x=x, dt=dt, A=A, B=B, C=C, D=D, lift_gamma=lift_gamma, spectrum=spectrum, initial_state=initial_state)
     for name, tensor in (("x", x), ("B", B), ("C", C)):
         _require(tensor.dim() == 4, f"{name} must be [B, T, H, D], got {_shape(tensor)}")
     batch, tokens, heads, head_dim = x.shape
@@ -105,6 +107,7 @@ def check_delta(
 
 def check_hgrn(x: Tensor, log_decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
     """Raises `ValueError` on inputs that `hgrn` cannot mean."""
+    check_device(x=x, log_decay=log_decay, initial_state=initial_state)
     _require(x.dim() == 3, f"x must be [B, T, D], got {_shape(x)}")
     batch, tokens, channels = x.shape
     _require(tokens > 0, "there are no tokens: T = 0")
@@ -149,26 +152,91 @@ def check_selective_scan(
     _require(not (_readable(dt) and bool((dt < 0).any())), "dt must be at least 0: pass it after softplus")
 
 
-def check_gla_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> None:
-    """Raises `ValueError` on one token's rows that do not fit together; `state` is checked by its own shape."""
-    check_device(q=q, k=k, v=v, log_decay=log_decay, state=state)
+def check_gla_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    mixing: Tensor | None,
+    lift_gamma: Tensor | None,
+    spectrum: Tensor | None,
+) -> None:
+    """Raises `ValueError` on one token's rows and states `[B, H, factor * K, V]` that do not fit together."""
+    check_device(q=q, k=k, v=v, log_decay=log_decay, state=state, mixing=mixing, lift_gamma=lift_gamma, spectrum=spectrum)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _require(tensor.dim() == 3, f"{name} must be [B, H, D], got {_shape(tensor)}")
     batch, heads, key_dim = k.shape
-    _require(q.shape[1] % heads == 0, f"{q.shape[1]} query heads cannot share {heads} key heads: not a multiple")
-    _expect("q", q, (batch, q.shape[1], key_dim))
-    _expect("v", v, (batch, heads, v.shape[-1]))
+    query_heads, value_dim = q.shape[1], v.shape[-1]
+    _require(query_heads % heads == 0, f"{query_heads} query heads cannot share {heads} key heads: not a multiple")
+    _expect("q", q, (batch, query_heads, key_dim))
+    _expect("v", v, (batch, heads, value_dim))
     _expect("log_decay", log_decay, (batch, heads, key_dim))
+    if mixing is not None:
+        _check_mixing(mixing, heads, key_dim, value_dim)
+    if spectrum is not None:
+        _expect("spectrum", spectrum, (heads, key_dim))
+    factor = _checked_factor(lift_gamma, "query heads", query_heads, key_dim)
+    _expect("state", state, (batch, heads, factor * key_dim, value_dim))
 
 
-def check_ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> None:
-    """Raises `ValueError` on one token's rows that do not fit together; `state` is checked by its own shape."""
-    check_device(x=x, dt=dt, A=A, B=B, C=C, state=state)
-    batch, heads, _ = x.shape
+def check_ssd_step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    D: Tensor | None,
+    lift_gamma: Tensor | None,
+    spectrum: Tensor | None,
+) -> None:
+    """Raises `ValueError` on one token's rows and states `[B, H, factor * N, P]` that do not fit together."""
+    check_device(x=x, dt=dt, A=A, B=B, C=C, state=state, D=D, lift_gamma=lift_gamma, spectrum=spectrum)
+    for name, tensor in (("x", x), ("B", B), ("C", C)):
+        _require(tensor.dim() == 3, f"{name} must be [B, H, D], got {_shape(tensor)}")
+    batch, heads, head_dim = x.shape
     groups, d_state = B.shape[1:]
     _expect("dt", dt, (batch, heads))
     _expect("A", A, (heads,))
     _expect("B", B, (batch, groups, d_state))
     _expect("C", C, (batch, groups, d_state))
     _require(heads % groups == 0, f"{heads} heads cannot share {groups} groups of B and C: not a multiple")
+    for name, per_head in (("D", D), ("spectrum", spectrum)):
+        if per_head is not None:
+            _expect(name, per_head, (heads,))
+    factor = _checked_factor(lift_gamma, "groups", groups, d_state)
+    _expect("state", state, (batch, heads, factor * d_state, head_dim))
+
+
+def check_norm(x: Tensor, weight: Tensor | None, gate: Tensor | None, groups: int) -> None:
+    """Raises `ValueError` on inputs that `pointwise.norm` cannot mean."""
+    check_device(x=x, weight=weight, gate=gate)
+    channels = x.shape[-1]
+    _require(channels % groups == 0, f"{groups} groups do not divide {channels} channels")
+    if weight is not None:
+        fits = weight.dim() == 1 and len(weight) in (channels, channels // groups)
+        _require(fits, f"weight must be [{channels}] or [{channels // groups}], got {_shape(weight)}")
+    if gate is not None:
+        _expect("gate", gate, tuple(x.shape))
+
+
+def check_gated_product(gate: Tensor, up: Tensor) -> None:
+    """Raises `ValueError` on inputs that `pointwise.gated_product` cannot mean."""
+    check_device(gate=gate, up=up)
+    _expect("gate", gate, tuple(up.shape))
+
+
+def check_convolution(x: Tensor, taps: Tensor, bias: Tensor | None, since_start: Tensor | None) -> None:
+    """Raises `ValueError` on inputs that `pointwise.short_convolution` cannot mean."""
+    check_device(x=x, taps=taps, bias=bias, since_start=since_start)
+    _require(x.dim() == 3, f"x must be [B, T, channels], got {_shape(x)}")
+    _, tokens, channels = x.shape
+    _require(taps.dim() == 2 and len(taps) == channels, f"taps must be [{channels}, width], got {_shape(taps)}")
+    if bias is not None:
+        _expect("bias", bias, (channels,))
+    if since_start is not None:
+        _expect("since_start", since_start, (tokens,))
 
 
 def check_device(**tensors: Tensor | None) -> None:

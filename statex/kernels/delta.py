@@ -52,7 +52,8 @@ def delta_rule(
         o `[B, T, H, V]` in the dtype of `v`, and the final state `[N, H, K, V]` in float32 (float64), or None.
 
     Raises:
-        ValueError: shapes that disagree, borders that do not run from 0 to T, a log-decay above 0, an unknown backend.
+        ValueError: shapes or devices that disagree, borders that do not run from 0 to T, a log-decay above 0, a backend that
+            is unknown or cannot take them.
     """
     module = _form(backend, k, v)
     check_delta(q, k, v, beta, log_decay, initial_state, cu_seqlens)
@@ -74,16 +75,8 @@ def delta_rule(
 
 def _form(backend: str, k: Tensor, v: Tensor) -> ModuleType:
     """The module that computes the rule for such keys and values. Raises `ValueError` where the backend is unknown or cannot."""
-    if backend == "triton" or (backend == "auto" and v.is_cuda):
-        reason = triton_backend.why_no_delta_rule(k, v)
-        if reason is None:
-            return triton_backend.MODULES["delta"]
-        if backend == "triton":
-            raise ValueError(f"backend 'triton' {reason}; use auto or chunked")
-    name = "chunked" if backend == "auto" else backend
-    if name not in FORMS:
-        raise ValueError(f"the delta rule has no backend {backend!r}; choose one of auto, {', '.join(FORMS)}, triton")
-    return FORMS[name]
+    name = triton_backend.chosen(backend, (*FORMS, "triton"), v, lambda: triton_backend.why_no_delta_rule(k, v))
+    return triton_backend.MODULES["delta"] if name == "triton" else FORMS[name]
 
 
 @torch.no_grad()

@@ -21,17 +21,6 @@ WORTH_A_STEP = {"cpu": 1 << 11, "other": 1 << 21}
 """Elements from which on a step outweighs its launch, so that runs of any length go step by step, which touches memory least."""
 
 
-FORMS = {"auto": "scan", "chunked": "scan", "reference": "reference"}
-"""Backend name to the form of an elementwise recurrence: by `linear_scan`, or by the loop of `reference_scan`."""
-
-
-def is_reference(backend: str) -> bool:
-    """Whether a backend is the float64 loop. Raises `ValueError` on one that elementwise recurrences do not have."""
-    if backend not in FORMS:
-        raise ValueError(f"an elementwise scan has no backend {backend!r}; choose one of {', '.join(FORMS)}")
-    return FORMS[backend] == "reference"
-
-
 def linear_scan(decay: Tensor, updates: Tensor, initial: Tensor) -> Tensor:
     """h_t = decay_t h_{t-1} + updates_t.
 

@@ -8,8 +8,10 @@ from torch import Tensor
 from . import reference_scan
 from .checks import check_hgrn
 from .chunking import sequence_ids
-from .elementwise import is_reference, linear_scan
+from .elementwise import linear_scan
 from .packed import run_in_buckets
+
+BACKENDS = ("auto", "chunked", "reference")
 
 
 def hgrn(
@@ -35,12 +37,13 @@ def hgrn(
         h `[B, T, D]` in the dtype of `x`, and the final state `[N, D]` in float32 (float64), or None.
 
     Raises:
-        ValueError: shapes that disagree, borders that do not run from 0 to T, a log-decay above 0, an unknown backend.
+        ValueError: shapes or devices that disagree, borders that do not run from 0 to T, a log-decay above 0, an unknown backend.
     """
-    exact = is_reference(backend)
+    if backend not in BACKENDS:
+        raise ValueError(f"hgrn has no backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     check_hgrn(x, log_decay, initial_state, cu_seqlens)
     with torch.autocast(x.device.type, enabled=False):
-        if exact:
+        if backend == "reference":
             return reference_scan.hgrn(
                 x, log_decay, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens
             )

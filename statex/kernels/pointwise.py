@@ -1,8 +1,8 @@
 """What surrounds a recurrence in a layer: norms, gates, the short convolution. One pass over memory each on a GPU.
 
 In PyTorch these took more of a training step than the recurrences: every cast, product and sum of a gated norm reads and writes all
-channels of all tokens. `fused.pointwise` and `fused.convolution` do
-the same in Triton; they are taken on CUDA devices for float32, bfloat16 and float16.
+channels of all tokens. `fused.pointwise` and `fused.convolution` do the same in Triton, and are taken on CUDA devices for float32,
+bfloat16 and float16, whatever backend the recurrence takes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from . import triton_backend
+from .checks import check_convolution, check_gated_product, check_norm
 
 ALIASES = {None: "identity", "swish": "silu"}
+"""Names by which the kernels know an activation that has several."""
+
 FUSED = ("identity", "silu", "sigmoid")
 """Activations that the Triton kernels know."""
 
@@ -41,7 +44,11 @@ def norm(
         activation: of the gate, a name that transformers knows; None: the gate comes activated.
         gate_first: norm(x · act(gate)) · weight instead of norm(x) · weight · act(gate).
         dtype: of the result; by default x's.
+
+    Raises:
+        ValueError: shapes or devices that disagree.
     """
+    check_norm(x, weight, gate, groups)
     dtype = x.dtype if dtype is None else dtype
     name = ALIASES.get(activation, activation)
     kernels = _kernels(name, x, weight, gate)
@@ -64,7 +71,11 @@ def norm(
 
 
 def gated_product(gate: Tensor, up: Tensor, activation: str | None) -> Tensor:
-    """act(gate) · up, both `[..., channels]`; the heart of a gated MLP (arXiv 2002.05202). Computed as `norm` is, in up's dtype."""
+    """act(gate) · up, both `[..., channels]`; the heart of a gated MLP (arXiv 2002.05202). Computed as `norm` is, in up's dtype.
+
+    Raises `ValueError` on shapes or devices that disagree.
+    """
+    check_gated_product(gate, up)
     name = ALIASES.get(activation, activation)
     kernels = _kernels(name, up, gate)
     if kernels is not None:
@@ -85,7 +96,14 @@ def short_convolution(
         bias: `[channels]`, or None.
         since_start: `[T]`, tokens since the start of each token's packed sequence, over which nothing looks; None for one sequence.
         activation: of the result, or None.
+
+    Returns:
+        `[B, T, channels]` in x's dtype.
+
+    Raises:
+        ValueError: shapes or devices that disagree.
     """
+    check_convolution(x, taps, bias, since_start)
     name = ALIASES.get(activation, activation)
     width, tokens = taps.shape[1], x.shape[1]
     kernels = _kernels(name, x, taps, bias, module="convolution")

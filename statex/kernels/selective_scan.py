@@ -15,7 +15,7 @@ from torch import Tensor
 from . import reference_scan, triton_backend
 from .checks import check_selective_scan
 from .chunking import Packing, run_segments
-from .elementwise import is_reference, linear_scan
+from .elementwise import linear_scan
 from .lift import lift_factor, lifted_key, lifted_query
 from .packed import run_in_buckets
 
@@ -58,7 +58,8 @@ def selective_scan(
         y `[B, T, I]` in the dtype of `x`, and the final state `[sequences, 1, factor * N, I]` in float32 (float64), or None.
 
     Raises:
-        ValueError: shapes that disagree, borders that do not run from 0 to T, A above 0 or dt below 0, an unknown backend.
+        ValueError: shapes or devices that disagree, borders that do not run from 0 to T, A above 0 or dt below 0, a backend that
+            is unknown or cannot take them.
     """
     scan = _form(backend, x)
     check_selective_scan(x, dt, A, B, C, D, lift_gamma, spectrum, initial_state, cu_seqlens)
@@ -85,14 +86,9 @@ Form = Callable[[Rows, Shared, Tensor | None, Tensor | None], tuple[Tensor, Tens
 
 
 def _form(backend: str, x: Tensor) -> Form | None:
-    """What computes the scan of tensors like `x`; None is the reference. Raises `ValueError` on a backend that is not there."""
-    if backend == "triton" or (backend == "auto" and x.is_cuda):
-        reason = triton_backend.why_not(x, shared_memory=0)
-        if reason is None:
-            return _fused_scan
-        if backend == "triton":
-            raise ValueError(f"backend 'triton' {reason}; use auto or chunked")
-    return None if is_reference(backend) else _scan
+    """What scans tensors like `x`; None is the reference. Raises `ValueError` where the backend is unknown or cannot."""
+    forms = {"reference": None, "chunked": _scan, "triton": _fused_scan}
+    return forms[triton_backend.chosen(backend, forms, x, lambda: triton_backend.why_not(x, shared_memory=0))]
 
 
 def _fused_scan(rows: Rows, shared: Shared, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -35,15 +35,16 @@ def gla_step(
 
     Returns:
         `[B, Hq, V]` in the dtype of `q`.
+
+    Raises:
+        ValueError: shapes or devices that disagree.
     """
-    check_gla_step(q, k, v, log_decay, state)
-    batch, heads, key_dim = k.shape
-    factor = lift_factor(lift_gamma, key_dim)
-    _check_state(state, (batch, heads, factor * key_dim, v.shape[-1]))
+    check_gla_step(q, k, v, log_decay, state, mixing, lift_gamma, spectrum)
     if (kernel := step_kernel(state)) is not None:
         decay = log_decay if spectrum is None else extended(log_decay.float(), spectrum.float())
         return kernel.gla_step(q, k, v, decay, state, logarithm=spectrum is None, scale=scale, mixing=mixing, lift_gamma=lift_gamma)
-    dtype = state.dtype
+    dtype, (_, heads, key_dim) = state.dtype, k.shape
+    factor = lift_factor(lift_gamma, key_dim)
     decay = _decay(log_decay.to(dtype), spectrum).repeat(1, 1, factor)
     keys = lifted_key(k.to(dtype), factor)
     queries = scale * lifted_query(q.to(dtype), None if lift_gamma is None else lift_gamma.to(dtype))
@@ -81,18 +82,18 @@ def ssd_step(
 
     Returns:
         `[B, H, P]` in the dtype of `x`.
+
+    Raises:
+        ValueError: shapes or devices that disagree.
     """
-    check_ssd_step(x, dt, A, B, C, state)
-    batch, heads, head_dim = x.shape
-    groups, d_state = B.shape[1:]
-    factor = lift_factor(lift_gamma, d_state)
-    _check_state(state, (batch, heads, factor * d_state, head_dim))
+    check_ssd_step(x, dt, A, B, C, state, D, lift_gamma, spectrum)
     if (kernel := step_kernel(state)) is not None:
         decay = A if spectrum is None else extended(dt.float() * A.float(), spectrum.float())
         return kernel.ssd_step(x, dt, decay, B, C, state, logarithm=spectrum is None, D=D, lift_gamma=lift_gamma)
     dtype = state.dtype
     values, steps = x.to(dtype), dt.to(dtype)
-    keys = lifted_key(B.to(dtype), factor)
+    groups, d_state = B.shape[1:]
+    keys = lifted_key(B.to(dtype), lift_factor(lift_gamma, d_state))
     queries = lifted_query(C.to(dtype), None if lift_gamma is None else lift_gamma.to(dtype))
     state.mul_(_decay(steps * A.to(dtype), spectrum)[..., None, None])
     by_group = state.unflatten(1, (groups, -1))
@@ -105,8 +106,3 @@ def ssd_step(
 
 def _decay(log_decay: Tensor, spectrum: Tensor | None) -> Tensor:
     return log_decay.exp() if spectrum is None else extended(log_decay, spectrum.to(log_decay.dtype))
-
-
-def _check_state(state: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(state.shape) != expected:
-        raise ValueError(f"state has shape {list(state.shape)}, expected {list(expected)}")

@@ -49,7 +49,7 @@ class Mixer(nn.Module, ABC):
     """Parameters and submodules that stay fp32 in a half-precision model: errors in a decay compound over the sequence."""
 
     backend = "auto"
-    """Kernels to run, a key of `statex.kernels.BACKENDS` or `auto`."""
+    """Kernels that the recurrence takes, a key of `statex.kernels.BACKENDS` or `auto`."""
 
     @abstractmethod
     def __init__(self, model: ModelDescription, layer: LayerDescription) -> None:

@@ -21,7 +21,7 @@ def load(
         path_or_hub_id: a folder or a hub id, in any dialect or expanded by statex.
         dtype: of the weights; by default as stored. Decay parameters are fp32 at least.
         device: where to put them; by default the CPU.
-        backend: kernels to run: `auto`, `reference`, `chunked` or `triton`.
+        backend: kernels of the recurrences: `auto`, `reference`, `chunked` or `triton`; see `set_backend`.
     Raises:
         CheckpointError: the checkpoint cannot be read, or a tensor is missing, superfluous or not of the shape its config says.
         ValueError: unknown backend.

@@ -96,7 +96,11 @@ class StatexPreTrainedModel(PreTrainedModel):
             init.zeros_(module.lower_bounds)
 
     def set_backend(self, backend: str) -> None:
-        """Choose the kernels of all mixers: `auto`, `reference`, `chunked`, `triton`. Raises `ValueError` on any other name."""
+        """Choose the kernels of all mixers' recurrences: `auto`, `reference`, `chunked`, `triton`.
+
+        Norms, gates and short convolutions take theirs by device, whatever is chosen here; so does one token of generation. HGRN's
+        elementwise scan has no Triton form and takes `auto` instead. Raises `ValueError` on any other name.
+        """
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}; choose one of auto, {', '.join(BACKENDS)}")
         for module in self.modules():

@@ -92,8 +92,8 @@ def distance(x: Tensor, reference: Tensor) -> float:
     return float((x.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-30))
 
 
-def gradients(kernel: Callable[..., Any], inputs: dict[str, Any], **options: Any) -> dict[str, Tensor]:
-    """Gradients of one random linear function of outputs and final states with respect to every input.
+def results(kernel: Callable[..., Any], inputs: dict[str, Any], **options: Any) -> dict[str, Tensor]:
+    """The output, the final state, and the gradients of one random linear function of both with respect to every input.
 
     Its weights are exact in bfloat16, so that outputs of every dtype have the same.
     """
@@ -102,4 +102,10 @@ def gradients(kernel: Callable[..., Any], inputs: dict[str, Any], **options: Any
     generator = torch.Generator().manual_seed(7)
     weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in (output, state)]
     ((output * weights[0]).sum() + (state * weights[1]).sum()).backward()
-    return {name: x.grad for name, x in leaves.items()}
+    return {"output": output.detach(), "state": state.detach()} | {name: x.grad for name, x in leaves.items()}
+
+
+def gradients(kernel: Callable[..., Any], inputs: dict[str, Any], **options: Any) -> dict[str, Tensor]:
+    """Those of `results` alone, which say nothing of the output itself."""
+    found = results(kernel, inputs, **options)
+    return {name: found[name] for name in inputs}

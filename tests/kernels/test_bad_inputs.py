@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from statex.kernels import gla, ssd
+from statex.kernels import delta_rule, gla, gla_step, hgrn, selective_scan, ssd, ssd_step
+from statex.kernels.pointwise import gated_product, norm, short_convolution
+from tests.kernels.delta_inputs import delta_inputs
 from tests.kernels.inputs import gla_inputs, ssd_inputs
+from tests.kernels.test_scans import hgrn_inputs, scan_inputs
 
 GLA_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "three dimensions": ({"k": torch.zeros(2, 8, 6)}, r"k must be \[B, T, H, D\], got \[2, 8, 6\]"),
@@ -23,8 +27,7 @@ GLA_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "gamma length": ({"lift_gamma": torch.zeros(2, 7)}, r"a multiple of 6\], got \[2, 7\]"),
     "state of the unlifted key": ({"lift_gamma": torch.zeros(2, 6)}, r"initial_state must be \[2, 2, 12, 10\]"),
     "packed batch": ({"cu_seqlens": torch.tensor([0, 8])}, "the batch is 2"),
-    "another device": ({"v": torch.zeros(2, 8, 2, 10, device="meta")}, "v is on meta and q on cpu: move them to one device"),
-    "backend": ({"backend": "cuda"}, "unknown backend 'cuda'; choose one of auto, reference, chunked"),
+    "spectrum": ({"spectrum": torch.zeros(2, 5)}, r"spectrum must be \[2, 6\], got \[2, 5\]"),
 }
 SSD_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "groups": ({name: torch.zeros(2, 8, 3, 6) for name in ("B", "C")}, "4 heads cannot share 3 groups"),
@@ -35,6 +38,62 @@ SSD_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "D": ({"D": torch.zeros(4, 10)}, r"D must be \[4\]"),
     "state": ({"initial_state": torch.zeros(2, 4, 10, 6)}, r"initial_state must be \[2, 4, 6, 10\]"),
 }
+
+Call = tuple[Callable[..., Any], Callable[[], dict[str, Any]]]
+CALLS: dict[str, Call] = {
+    "gla": (gla, lambda: gla_inputs(8, mixing="channel", lift=2) | {"scale": 1.0}),
+    "ssd": (ssd, lambda: ssd_inputs(8, lift=2)),
+    "delta rule": (delta_rule, lambda: delta_inputs(8) | {"scale": 1.0}),
+    "selective scan": (selective_scan, lambda: scan_inputs(8, lift=2, signed=True)),
+    "hgrn": (hgrn, lambda: hgrn_inputs(8)),
+    "gla step": (gla_step, lambda: step_inputs(gla_inputs(1, mixing="channel", lift=2)) | {"scale": 1.0}),
+    "ssd step": (ssd_step, lambda: step_inputs(ssd_inputs(1, lift=2))),
+    "norm": (norm, lambda: {"x": torch.zeros(2, 6), "weight": torch.zeros(6), "gate": torch.zeros(2, 6), "groups": 2, "eps": 1e-5}),
+    "gated product": (gated_product, lambda: {"gate": torch.zeros(2, 6), "up": torch.zeros(2, 6), "activation": None}),
+    "short convolution": (
+        short_convolution,
+        lambda: {
+            "x": torch.zeros(2, 5, 6), "taps": torch.zeros(6, 4), "bias": torch.zeros(6),
+            "since_start": torch.arange(5),
+        },
+    ),
+}  # fmt: skip
+
+
+def step_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Those of one token, from rows of one token."""
+    rows = ("q", "k", "v", "log_decay", "x", "dt", "B", "C")
+    state = inputs.pop("initial_state")
+    return {name: x[:, 0] if name in rows else x for name, x in inputs.items()} | {"state": state}
+
+
+FITTING: list[tuple[str, dict[str, Any], str]] = [
+    ("gla step", {"q": torch.zeros(2, 2, 5)}, r"q must be \[2, 2, 6\], got \[2, 2, 5\]"),
+    ("gla step", {"q": torch.zeros(2, 3, 6)}, "3 query heads cannot share 2 key heads"),
+    ("gla step", {"k": torch.zeros(2, 1, 2, 6)}, r"k must be \[B, H, D\], got \[2, 1, 2, 6\]"),
+    ("gla step", {"v": torch.zeros(1, 2, 10)}, r"v must be \[2, 2, 10\]"),
+    ("gla step", {"log_decay": torch.zeros(2, 2, 1)}, r"log_decay must be \[2, 2, 6\]"),
+    ("gla step", {"lift_gamma": torch.zeros(1, 6)}, r"lift_gamma must be \[2 query heads, a multiple of 6\]"),
+    ("gla step", {"lift_gamma": None}, r"state must be \[2, 2, 6, 10\], got \[2, 2, 12, 10\]"),
+    ("gla step", {"mixing": torch.zeros(1, 6, 2)}, r"mixing must be \[2, 2, 2\] or \[2, 6, 2\]"),
+    ("gla step", {"spectrum": torch.zeros(2, 1)}, r"spectrum must be \[2, 6\]"),
+    ("ssd step", {"x": torch.zeros(2, 4)}, r"x must be \[B, H, D\]"),
+    ("ssd step", {"dt": torch.zeros(2, 4, 1)}, r"dt must be \[2, 4\]"),
+    ("ssd step", {"A": torch.zeros(3)}, r"A must be \[4\]"),
+    ("ssd step", {"C": torch.zeros(2, 2, 5)}, r"C must be \[2, 2, 6\]"),
+    ("ssd step", {"D": torch.zeros(1)}, r"D must be \[4\]"),
+    ("ssd step", {"spectrum": torch.zeros(1)}, r"spectrum must be \[4\]"),
+    ("ssd step", {"lift_gamma": torch.zeros(4, 6)}, r"lift_gamma must be \[2 groups, a multiple of 6\]"),
+    ("ssd step", {"state": torch.zeros(2, 4, 6, 10)}, r"state must be \[2, 4, 12, 10\]"),
+    ("norm", {"groups": 4}, "4 groups do not divide 6 channels"),
+    ("norm", {"weight": torch.zeros(2)}, r"weight must be \[6\] or \[3\], got \[2\]"),
+    ("norm", {"gate": torch.zeros(2, 3)}, r"gate must be \[2, 6\], got \[2, 3\]"),
+    ("gated product", {"gate": torch.zeros(1, 6)}, r"gate must be \[2, 6\], got \[1, 6\]"),
+    ("short convolution", {"x": torch.zeros(5, 6)}, r"x must be \[B, T, channels\]"),
+    ("short convolution", {"taps": torch.zeros(4, 6)}, r"taps must be \[6, width\], got \[4, 6\]"),
+    ("short convolution", {"bias": torch.zeros(1)}, r"bias must be \[6\]"),
+    ("short convolution", {"since_start": torch.arange(2)}, r"since_start must be \[5\]"),
+]
 
 
 @pytest.mark.parametrize("mistake", GLA_MISTAKES)
@@ -49,6 +108,31 @@ def test_ssd_names_the_mistake(mistake: str) -> None:
     changes, message = SSD_MISTAKES[mistake]
     with pytest.raises(ValueError, match=message):
         ssd(**(ssd_inputs(8) | changes))
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), FITTING)
+def test_tensors_that_do_not_fit_together_are_refused(name: str, changes: dict[str, Any], message: str) -> None:
+    call, make = CALLS[name]
+    with pytest.raises(ValueError, match=message):
+        call(**make() | changes)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_tensor_must_lie_on_the_device_of_the_first(name: str) -> None:
+    call, make = CALLS[name]
+    first, *others = (key for key, x in make().items() if isinstance(x, torch.Tensor))
+    for key in others:
+        inputs = make()
+        inputs[key] = inputs[key].to("meta")
+        with pytest.raises(ValueError, match=f"{key} is on meta and {first} on cpu: move them to one device"):
+            call(**inputs)
+
+
+@pytest.mark.parametrize("name", ["gla", "ssd", "delta rule", "selective scan"])
+def test_an_unknown_backend_is_answered_with_those_there_are(name: str) -> None:
+    call, make = CALLS[name]
+    with pytest.raises(ValueError, match="unknown backend 'cuda'; choose one of auto, reference, chunked, triton"):
+        call(**make(), backend="cuda")
 
 
 @pytest.mark.parametrize(

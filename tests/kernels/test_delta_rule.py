@@ -254,7 +254,6 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "growing": ({"log_decay": torch.full((2, 8, 2), 0.1)}, "log_decay must be at most 0"),
     "state": ({"initial_state": torch.zeros(2, 2, 10, 6)}, r"initial_state must be \[2, 2, 6, 10\]"),
     "packed batch": ({"cu_seqlens": torch.tensor([0, 8])}, "the batch is 2"),
-    "backend": ({"backend": "cuda"}, "no backend 'cuda'; choose one of auto, reference, chunked"),
 }
 
 

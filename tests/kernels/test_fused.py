@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from statex.kernels import gla, gla_step, ssd, ssd_step, triton_backend
 from statex.kernels.fused import layout
-from tests.kernels.inputs import DECAYS, distance, gla_inputs, gradients, in_float64, ssd_inputs
+from tests.kernels.inputs import DECAYS, distance, gla_inputs, gradients, in_float64, results, ssd_inputs
 
 pytest.importorskip("triton")
 
@@ -47,13 +46,13 @@ def on_device(inputs: dict[str, Any], dtype: torch.dtype = torch.float32) -> dic
     return {name: x.to(DEVICE, dtype if name in rows else None) for name, x in inputs.items()}
 
 
-def assert_gradients_match(
+def assert_results_match(
     kernel: Callable[..., Any], inputs: dict[str, Any], tolerance: float, dtype: torch.dtype = torch.float32, **options: Any
 ) -> None:
     rounded = {name: x.cpu() for name, x in on_device(inputs, dtype).items()}
-    expected = gradients(kernel, in_float64(rounded), backend="reference", **options)
-    for name, gradient in gradients(kernel, on_device(inputs, dtype), backend="triton", **options).items():
-        assert distance(gradient.cpu(), expected[name]) < tolerance, name
+    expected = results(kernel, in_float64(rounded), backend="reference", **options)
+    for name, found in results(kernel, on_device(inputs, dtype), backend="triton", **options).items():
+        assert distance(found.cpu(), expected[name]) < tolerance, name
 
 
 def assert_values_match(kernel: Callable[..., Any], inputs: dict[str, Any], tolerance: float, **options: Any) -> None:
@@ -67,7 +66,7 @@ def assert_values_match(kernel: Callable[..., Any], inputs: dict[str, Any], tole
 def test_every_gradient_equals_the_references(form: str) -> None:
     name, sizes = FORMS[form]
     kernel, make = KERNELS[name]
-    assert_gradients_match(kernel, make(130, "mixed", batch=1, **sizes), TOLERANCE)
+    assert_results_match(kernel, make(130, "mixed", batch=1, **sizes), TOLERANCE)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -78,7 +77,7 @@ def test_gradients_stay_exact_however_strong_the_gates(name: str, decay: str) ->
     if decay == "none" and name == "ssd":
         inputs["dt"] = torch.rand_like(inputs["dt"])
         inputs["A"].zero_()
-    assert_gradients_match(kernel, inputs, TOLERANCE)
+    assert_results_match(kernel, inputs, TOLERANCE)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -88,18 +87,28 @@ def test_any_length_equals_the_reference(name: str, tokens: int) -> None:
     assert_values_match(kernel, make(tokens, "mixed", batch=1), TOLERANCE)
 
 
-@pytest.mark.parametrize("form", ["gla plain", "gla all, channel", "ssd one group"])
-def test_segments_follow_one_another_exactly(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "SEGMENT_BYTES", 1)
+@pytest.mark.parametrize(("form", "tokens"), [("gla plain", 130), ("gla all, channel", 70), ("ssd one group", 130)])
+def test_segments_follow_one_another_exactly(form: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     name, sizes = FORMS[form]
     kernel, make = KERNELS[name]
-    assert_gradients_match(kernel, make(130, "mild", **sizes), TOLERANCE)
+    counts: list[int] = []
+
+    def segments(*sizes: int) -> list[tuple[int, int]]:
+        found = layout.segments(*sizes)
+        counts.append(len(found))
+        return found
+
+    monkeypatch.setattr(layout, "SEGMENT_BYTES", 1)
+    monkeypatch.setattr(layout, "CHUNKS", (64, 64))
+    monkeypatch.setattr(triton_backend.MODULES[name], "segments", segments)
+    assert_results_match(kernel, make(tokens, "mild", **sizes), TOLERANCE)
+    assert max(counts) == -(-tokens // 64)
 
 
 def test_steep_channels_beside_mild_ones_are_exact() -> None:
-    inputs = gla_inputs(130, "mixed", batch=1, group=2, mixing="channel", lift=2)
+    inputs = gla_inputs(130, "mixed", batch=1, heads=1, group=2, mixing="channel", lift=2)
     inputs["log_decay"][..., ::2] *= 1e-3
-    assert_gradients_match(scaled_gla, inputs, TOLERANCE)
+    assert_results_match(scaled_gla, inputs, TOLERANCE)
 
 
 @pytest.mark.parametrize("form", ["gla plain", "gla all, channel", "ssd one group"])
@@ -109,7 +118,8 @@ def test_long_chunks_equal_the_reference_whatever_scratch_held_before(form: str,
     monkeypatch.setattr(torch, "empty", lambda *sizes, **options: make_empty(*sizes, **options).fill_(torch.nan))
     monkeypatch.setattr(layout, "CHUNKS", (256, 256))
     kernel, make = KERNELS[name]
-    assert_gradients_match(kernel, make(200, "mixed", batch=1, **sizes), TOLERANCE)
+    one_head = {"heads": 1} if form == "gla all, channel" else {}  # the interpreter is slow
+    assert_results_match(kernel, make(200, "mixed", batch=1, **sizes, **one_head), TOLERANCE)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -122,13 +132,6 @@ def test_packed_sequences_do_not_meet(name: str) -> None:
     expected, _ = kernel(**in_float64(inputs), cu_seqlens=borders, backend="reference")
     found, _ = kernel(**on_device(inputs), cu_seqlens=borders.to(DEVICE), backend="triton")
     assert distance(found.cpu(), expected) < TOLERANCE
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_gradients_are_the_same_under_checkpointing(name: str) -> None:
-    kernel, make = KERNELS[name]
-    checkpointed = functools.partial(checkpoint, kernel, use_reentrant=False)
-    assert_gradients_match(checkpointed, make(70, "mild", batch=1), TOLERANCE)
 
 
 def test_minus_infinity_forgets_without_nan() -> None:
@@ -147,7 +150,7 @@ def test_narrow_inputs_keep_their_dtype_and_the_accuracy_of_their_products(name:
     output, state = kernel(**on_device(inputs, dtype), output_final_state=True, backend="triton")
     assert output.dtype == dtype
     assert state.dtype == torch.float32
-    assert_gradients_match(kernel, inputs, NARROW_TOLERANCE[dtype], dtype)
+    assert_results_match(kernel, inputs, NARROW_TOLERANCE[dtype], dtype)
 
 
 def test_rows_in_any_memory_layout_are_accepted() -> None:
@@ -197,7 +200,7 @@ def test_a_state_longer_than_a_tile_is_updated_piece_by_piece(form: str, monkeyp
     test_one_token_updates_the_state_in_place_as_the_plain_step_does(form, False, monkeypatch)
 
 
-def test_a_rehearsed_pass_is_not_launched_and_rehearsed_once() -> None:
+def test_a_rehearsed_pass_is_not_launched_and_rehearsed_once_forward_and_backward() -> None:
     from statex.kernels.fused import rows, together
 
     x, dout = torch.randn(1, 3, 1, 8, device=DEVICE), torch.randn(1, 1, 1, 3, 16, device=DEVICE)
@@ -206,17 +209,35 @@ def test_a_rehearsed_pass_is_not_launched_and_rehearsed_once() -> None:
 
     class Pass:
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> tuple[()]:
-            made.append(rows.Rows(1, 2, 16, None, None).take_apart(*arguments))
-            return ()
+        def forward(ctx: Any, *arguments: Any) -> tuple[int, int]:
+            made.append("forward")
+            rows.Rows(1, 2, 16, None, None).take_apart(*arguments)
+            return 1, 2
 
-    kind = object()
+        @staticmethod
+        def backward(ctx: Any, *gradients: int) -> None:
+            made.append(gradients)
+
+    kind, other = object(), object()
     for _ in range(2):
-        together.compile_pass(kind, Pass, (x, dout, dx), backward=False)
-    assert len(made) == 1
+        together.compile_pass(kind, Pass, (x, dout, dx), backward=True)
+    together.compile_pass(other, Pass, (x, dout, dx), backward=False)
+    assert made == ["forward", (1, 2), "forward"]
     assert not dx.any()
     Pass.forward(None, x, dout, dx)
     assert dx.all()
+
+
+def test_a_rehearsal_that_finds_no_memory_is_left_out() -> None:
+    from statex.kernels.fused import together
+
+    class Pass:
+        @staticmethod
+        def forward(*_: Any) -> None:
+            raise torch.OutOfMemoryError
+
+    together.compile_pass(object(), Pass, (torch.zeros(1),), backward=True)
+    assert together._rehearsing.get() is False
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="needs a machine without a GPU")

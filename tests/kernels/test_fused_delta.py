@@ -10,7 +10,7 @@ import torch
 
 from statex.kernels import delta_rule, triton_backend
 from tests.kernels.delta_inputs import HEADS, delta_inputs
-from tests.kernels.inputs import DECAYS, distance, gradients, in_float64
+from tests.kernels.inputs import DECAYS, distance, gradients, in_float64, results
 
 pytest.importorskip("triton")
 
@@ -36,14 +36,14 @@ def on_device(inputs: dict[str, Any], dtype: torch.dtype = torch.float32) -> dic
     return {name: x.to(DEVICE, dtype if name in ("q", "k", "v") else None) for name, x in inputs.items()}
 
 
-def assert_gradients_match(
+def assert_results_match(
     inputs: dict[str, Any], tolerance: float = TOLERANCE, dtype: torch.dtype = torch.float32, **options: Any
 ) -> None:
     rounded = {name: x.cpu() for name, x in on_device(inputs, dtype).items()}
-    expected = gradients(reference, in_float64(rounded), **options)
-    found = gradients(triton_rule, on_device(inputs, dtype), **on_device(options))
-    for name, gradient in found.items():
-        assert distance(gradient.cpu(), expected[name]) < tolerance, name
+    expected = results(reference, in_float64(rounded), **options)
+    found = results(triton_rule, on_device(inputs, dtype), **on_device(options))
+    for name, x in found.items():
+        assert distance(x.cpu(), expected[name]) < tolerance, name
 
 
 def assert_values_match(inputs: dict[str, Any], tolerance: float = TOLERANCE, **options: Any) -> None:
@@ -57,12 +57,12 @@ def assert_values_match(inputs: dict[str, Any], tolerance: float = TOLERANCE, **
 
 @pytest.mark.parametrize(("heads", "decay"), [("both", None), *((heads, "mixed") for heads in HEADS)])
 def test_every_gradient_equals_the_references(heads: str, decay: str | None) -> None:
-    assert_gradients_match(delta_inputs(70, decay, heads=heads, batch=1))
+    assert_results_match(delta_inputs(70, decay, heads=heads, batch=1))
 
 
 @pytest.mark.parametrize("decay", [decay for decay in DECAYS if decay not in ("mixed", "mild")])
 def test_gradients_stay_exact_however_strong_the_gates(decay: str) -> None:
-    assert_gradients_match(delta_inputs(70, decay, batch=1))
+    assert_results_match(delta_inputs(70, decay, batch=1))
 
 
 @pytest.mark.parametrize(("tokens", "decay"), [(1, "mild"), (63, None), (64, "mild"), (65, "mild"), (130, None)])
@@ -74,19 +74,36 @@ def test_any_length_equals_the_reference(tokens: int, decay: str | None) -> None
 def test_keys_and_values_of_any_size_equal_the_reference(sizes: tuple[int, int]) -> None:
     """One block of channels, several, held from reading to writing or not, with values of several blocks."""
     key_dim, value_dim = sizes
-    assert_gradients_match(delta_inputs(70, "mild", batch=1, key_dim=key_dim, value_dim=value_dim))
+    assert_results_match(delta_inputs(70, "mild", batch=1, key_dim=key_dim, value_dim=value_dim))
 
 
 def test_segments_follow_one_another_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "SEGMENT_BYTES", 1)
-    assert_gradients_match(delta_inputs(130, "mixed", batch=1))
+    assert_results_match(delta_inputs(130, "mixed", batch=1))
+
+
+@pytest.mark.parametrize(("budget", "segments"), [(1, 3), (1 << 30, 1)])
+def test_of_several_segments_only_the_first_states_are_kept(budget: int, segments: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "SEGMENT_BYTES", budget)
+    inputs = {name: x.requires_grad_() for name, x in on_device(delta_inputs(130, None, batch=1)).items()}
+    kept: list[tuple[int, ...]] = []
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        kept.append(tuple(x.shape))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        triton_rule(**inputs)
+    states, states_of_all_chunks, pairs = (1, 2, 64, 32), (2, 3, 64, 32), (2, 192, 64)
+    found = [kept.count(shape) for shape in (states, states_of_all_chunks, pairs)]
+    assert found == ([segments, 0, 0] if segments > 1 else [0, 1, 2])
 
 
 @pytest.mark.parametrize("decay", [None, "mixed"])
 def test_results_do_not_depend_on_what_scratch_held_before(decay: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     make_empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *sizes, **options: make_empty(*sizes, **options).fill_(torch.nan))
-    assert_gradients_match(delta_inputs(70, decay, batch=1, key_dim=70))
+    assert_results_match(delta_inputs(70, decay, batch=1, key_dim=70))
 
 
 def test_packed_rows_with_states_of_their_own_equal_the_reference() -> None:
@@ -141,7 +158,7 @@ def test_narrow_inputs_keep_their_dtype_and_their_accuracy(dtype: torch.dtype, d
     assert output.dtype == dtype
     assert state is not None
     assert state.dtype == torch.float32
-    assert_gradients_match(inputs, NARROW_TOLERANCE[dtype], dtype)
+    assert_results_match(inputs, NARROW_TOLERANCE[dtype], dtype)
 
 
 def test_wide_queries_and_keys_go_with_narrow_values() -> None:
@@ -171,8 +188,7 @@ def test_rows_in_any_memory_layout_and_without_a_state_are_accepted() -> None:
     inputs["k"] = inputs["k"].transpose(1, 2).contiguous().transpose(1, 2)
     inputs["v"] = torch.randn(1, 70, 2, 40)[..., 3:35]
     inputs["beta"] = inputs["beta"].mT.contiguous().mT
-    assert_values_match(inputs)
-    assert_gradients_match(inputs)
+    assert_results_match(inputs)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="needs a machine without a GPU")

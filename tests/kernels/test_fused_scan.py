@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from statex.kernels import selective_scan, triton_backend
-from tests.kernels.inputs import DECAYS, distance, gradients, in_float64, log_decays
+from tests.kernels.inputs import DECAYS, distance, in_float64, log_decays, results
 
 pytest.importorskip("triton")
 
@@ -64,11 +64,11 @@ def on_device(inputs: dict[str, Any], dtype: torch.dtype = torch.float32) -> dic
     return {name: x.to(DEVICE, dtype if name in ("x", "B", "C") else None) for name, x in inputs.items()}
 
 
-def assert_gradients_match(inputs: dict[str, Any], tolerance: float = TOLERANCE, dtype: torch.dtype = torch.float32) -> None:
+def assert_results_match(inputs: dict[str, Any], tolerance: float = TOLERANCE, dtype: torch.dtype = torch.float32) -> None:
     rounded = {name: x.cpu() for name, x in on_device(inputs, dtype).items()}
-    expected = gradients(selective_scan, in_float64(rounded), backend="reference")
-    for name, gradient in gradients(selective_scan, on_device(inputs, dtype), backend="triton").items():
-        assert distance(gradient.cpu(), expected[name]) < tolerance, name
+    expected = results(selective_scan, in_float64(rounded), backend="reference")
+    for name, found in results(selective_scan, on_device(inputs, dtype), backend="triton").items():
+        assert distance(found.cpu(), expected[name]) < tolerance, name
 
 
 def assert_values_match(inputs: dict[str, Any], **options: Any) -> None:
@@ -94,7 +94,7 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_every_gradient_equals_the_references(form: str) -> None:
     sizes: dict[str, Any] = {"tokens": 21, "decay": "mixed"} | FORMS[form]
-    assert_gradients_match(scan_inputs(**sizes))
+    assert_results_match(scan_inputs(**sizes))
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -103,7 +103,7 @@ def test_gradients_stay_exact_however_strong_the_decays(decay: str, signed: bool
     inputs = scan_inputs(18, decay, signed=signed)
     if decay == "none":
         inputs["dt"], inputs["A"] = torch.rand_like(inputs["dt"]), torch.zeros_like(inputs["A"])
-    assert_gradients_match(inputs)
+    assert_results_match(inputs)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 33])
@@ -119,14 +119,22 @@ def test_long_stretches_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("sizes", [{}, {"d_state": 40}], ids=str)
 def test_scratch_that_holds_few_stretches_changes_nothing(sizes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "SEGMENT_BYTES", 1)
-    assert_gradients_match(scan_inputs(21, "mild", batch=2, **sizes))
+    assert_results_match(scan_inputs(21, "mild", batch=2, **sizes))
+
+
+def test_stretches_of_long_rows_fit_a_grid() -> None:
+    most = layout.PROGRAMS
+    for batch, tokens in ((1, 10), (1, 1 << 20), (3, 1 << 24), (60_000, 1000)):
+        shape = fused._shape(batch, tokens, 6, 4)
+        assert batch * shape.stretches <= most
+        assert shape.stretches * shape.length == shape.padded_tokens >= tokens
 
 
 def test_results_do_not_depend_on_what_scratch_held_before(monkeypatch: pytest.MonkeyPatch) -> None:
     make_empty, make_new = torch.empty, Tensor.new_empty
     monkeypatch.setattr(torch, "empty", lambda *sizes, **options: make_empty(*sizes, **options).fill_(torch.nan))
     monkeypatch.setattr(Tensor, "new_empty", lambda x, *sizes, **options: make_new(x, *sizes, **options).fill_(torch.nan))
-    assert_gradients_match(scan_inputs(21, "mixed", channels=33, d_state=16, signed=True))
+    assert_results_match(scan_inputs(21, "mixed", channels=33, d_state=16, signed=True))
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -153,7 +161,7 @@ def test_narrow_inputs_keep_their_dtype_and_lose_only_the_rounding_of_results(dt
     assert output.dtype == dtype
     assert state is not None
     assert state.dtype == torch.float32
-    assert_gradients_match(inputs, NARROW_TOLERANCE[dtype], dtype)
+    assert_results_match(inputs, NARROW_TOLERANCE[dtype], dtype)
 
 
 def test_rows_in_any_memory_layout_and_without_skip_or_state_are_accepted() -> None:
@@ -162,8 +170,7 @@ def test_rows_in_any_memory_layout_and_without_skip_or_state_are_accepted() -> N
     inputs["x"] = inputs["x"].mT.contiguous().mT
     inputs["dt"] = inputs["dt"].transpose(0, 1).contiguous().transpose(0, 1)
     inputs["B"], inputs["C"] = torch.randn(2, 13, 9).split((5, 4), -1)[0][..., 1:], torch.randn(2, 13, 8)[..., ::2]
-    assert_values_match(inputs)
-    assert_gradients_match(inputs)
+    assert_results_match(inputs)
 
 
 class LargestTensor(TorchDispatchMode):

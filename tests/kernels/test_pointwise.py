@@ -31,6 +31,7 @@ NORMS: dict[str, dict[str, Any]] = {
     "gated behind": {"gated": True, "groups": 2},
     "gated behind, without weight": {"gated": True, "weight": None},
     "gated in front": {"gated": True, "gate_first": True, "groups": 2},
+    "gated by silu's other name": {"gated": True, "activation": "swish"},
     "gated by a sigmoid": {"gated": True, "activation": "sigmoid", "groups": 2, "weight": "shared"},
     "gated by what comes activated": {"gated": True, "activation": None},
 }
@@ -210,3 +211,16 @@ def test_slices_of_wider_rows_are_taken_as_they_are(fused: list[str]) -> None:
     ):
         assert torch.equal(call(x, **arguments), call(x.contiguous(), **arguments))
     assert torch.equal(pointwise.gated_product(gate, x, "silu"), pointwise.gated_product(gate.contiguous(), x.contiguous(), "silu"))
+
+
+def test_weights_and_borders_in_any_memory_layout_are_accepted(fused: list[str]) -> None:
+    x, wide = torch.randn(1, 9, 16, device=DEVICE), torch.randn(16, 8, device=DEVICE)
+    since = torch.arange(9, device=DEVICE).repeat_interleave(2)[::2]
+    apart = {"weight": wide[:, 0], "taps": wide[:, ::2], "bias": wide[:, 1], "since_start": since}
+    close = {name: each.contiguous() for name, each in apart.items()}
+    for call, names, options in (
+        (pointwise.norm, ("weight",), {"eps": 1e-5}),
+        (pointwise.short_convolution, ("taps", "bias", "since_start"), {}),
+    ):
+        expected = call(x, **{name: close[name] for name in names}, **options)
+        assert torch.equal(call(x, **{name: apart[name] for name in names}, **options), expected)

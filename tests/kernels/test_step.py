@@ -42,25 +42,3 @@ def test_a_step_keeps_the_dtype_of_its_inputs_and_the_memory_of_its_state() -> N
     assert state.dtype == torch.float32
     assert state.data_ptr() == address
     assert not torch.equal(state, before)
-
-
-def test_a_state_of_another_shape_is_refused() -> None:
-    inputs = gla_inputs(1, lift=2)
-    inputs.pop("initial_state")
-    gamma = inputs.pop("lift_gamma")
-    with pytest.raises(ValueError, match=r"state has shape \[2, 2, 6, 10\], expected \[2, 2, 12, 10\]"):
-        gla_step(*(x[:, 0] for x in inputs.values()), torch.zeros(2, 2, 6, 10), scale=1.0, lift_gamma=gamma)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"q": torch.zeros(1, 2, 5)}, r"q must be \[1, 2, 6\], got \[1, 2, 5\]"),
-        ({"log_decay": torch.zeros(1, 2, 1)}, r"log_decay must be \[1, 2, 6\]"),
-        ({"k": torch.zeros(1, 2, 6, device="meta")}, "k is on meta and q on cpu"),
-    ],
-)
-def test_rows_of_one_token_that_do_not_fit_are_refused(change: dict[str, torch.Tensor], message: str) -> None:
-    rows = {name: torch.zeros(1, 2, width) for name, width in (("q", 6), ("k", 6), ("v", 10), ("log_decay", 6))}
-    with pytest.raises(ValueError, match=message):
-        gla_step(**rows | change, state=torch.zeros(1, 2, 6, 10), scale=1.0)

@@ -3,5 +3,6 @@
 `blocks` holds the matrix products that both recurrences share, `gated` what decays per key channel, `by_head` what decays per head,
 `rows` lifted and mixed keys and queries, `layout` the choice of chunks, segments, tiles and operand types; `gla` and `ssd` put them
 together, `step` is one token of generation. `delta_kernels`, `delta_gradients` and `delta` are the delta rule's, `scan_kernels` and
-`selective_scan` Mamba's, which has no products. Importing this package needs Triton.
+`selective_scan` Mamba's, which has no products. `pointwise` and `convolution` are what surrounds a recurrence in a layer,
+`together` compiles the kernels of a pass side by side. Importing this package needs Triton.
 """

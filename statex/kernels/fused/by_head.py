@@ -1,4 +1,5 @@
-"""What decays per head (SSD): sums of decays, gradients of what pairs of tokens of one chunk exchange, and of decays and steps."""
+"""What decays per head (SSD): sums of decays, which the delta rule takes too, gradients of what pairs of tokens of one chunk
+exchange, and of decays and steps."""
 
 from __future__ import annotations
 
@@ -7,6 +8,9 @@ import triton.language as tl
 
 from .blocks import BLOCK, dot
 from .gated import FORGOTTEN, LOG2E
+
+HEADS = 16
+"""Heads whose decays and steps a program takes at once: a run of 64 bytes of `[B, T, H]`."""
 
 
 @triton.jit

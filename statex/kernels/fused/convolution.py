@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import unit_stride
+from .layout import on_own_device, require_grid, unit_stride
 from .pointwise import activated
 
 MOST_TAPS = 8
@@ -119,8 +119,11 @@ def convolve_back(
     tl.store(DX + places, dx.to(DX.dtype.element_ty), mask=(ts < tokens)[:, None] & (cs < channels)[None, :])
 
 
+@on_own_device
 def short_convolution(x: Tensor, taps: Tensor, bias: Tensor | None, since_start: Tensor | None, activation: str) -> Tensor:
     """See `statex.kernels.pointwise.short_convolution`."""
+    require_grid(x.shape[0])
+    bias, since_start = (None if each is None else each.contiguous() for each in (bias, since_start))
     convolved: Tensor = _Convolution.apply(unit_stride(x), taps.contiguous(), bias, since_start, activation)
     return convolved
 

@@ -17,16 +17,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import by_head, delta_gradients, delta_kernels, layout
-from .layout import BLOCK, Operands, forget_at_borders, operands, pad_to, padded, require_grid, segments, tile, unit_stride
+from .layout import (
+    BLOCK,
+    Operands,
+    forget_at_borders,
+    on_own_device,
+    operands,
+    pad_to,
+    padded,
+    require_grid,
+    segments,
+    tile,
+    unit_stride,
+)
 
 SHARED_MEMORY = 200 << 10
 """Bytes of shared memory that a program may need, compiled for an H100 by Triton 3.6."""
 
-HEADS = 16
-"""Heads whose decays a program takes at once: a run of 64 bytes of `[B, T, H]`."""
-
 
 @torch.compiler.disable
+@on_own_device
 def delta_rule(
     q: Tensor,
     k: Tensor,
@@ -168,7 +178,7 @@ CARRIES: dict[str, dict[int, Carry]] = {
 def longest_key(v: Tensor) -> int:
     """Channels of the longest keys that go with such values."""
     kind = "" if operands(v).dtype == torch.bfloat16 else "wide "
-    return min(max(CARRIES[kind + name], default=0) for name in ("states", "gradients"))
+    return min(max(CARRIES[kind + name]) for name in ("states", "gradients"))
 
 
 class _Segment:
@@ -202,7 +212,7 @@ class _Segment:
             return
         self.hi, self.lo, self.reading, self.to_end, written, self.beta = self.per_token(6)
         self.passing = self.scratch(s.batch, s.heads, self.chunks, dtype=torch.float32)
-        width = min(HEADS, triton.next_power_of_2(s.heads))
+        width = min(by_head.HEADS, triton.next_power_of_2(s.heads))
         # A group of one head: sums of chunks then lie head by head.
         by_head.step_sums[(triton.cdiv(s.heads, width), self.chunks, s.batch)](
             g, beta, self.hi, self.lo, self.reading, self.to_end, written, self.beta, self.passing,

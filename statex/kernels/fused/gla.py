@@ -26,6 +26,7 @@ from .layout import (
     forget_at_borders,
     launch_of,
     needs_gradient,
+    on_own_device,
     operands,
     pad_to,
     padded,
@@ -47,6 +48,7 @@ SPAN = 512
 
 
 @torch.compiler.disable
+@on_own_device
 def gla(
     q: Tensor,
     k: Tensor,

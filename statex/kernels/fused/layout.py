@@ -1,13 +1,18 @@
-"""Sizes that both recurrences choose alike: chunks, segments, tiles, operand types; and padding to whole blocks."""
+"""What the recurrences choose alike: chunks, segments, tiles, operand types, devices; and padding to whole blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 BLOCK = 64
 CHUNKS = (64, 256)
@@ -76,6 +81,19 @@ SHARED_MEMORY = 160 << 10
 
 PROGRAMS = 65_535
 """Programs along the last dimension of a CUDA grid."""
+
+
+def on_own_device(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` on the device of its first argument, a tensor: Triton launches on the current device, wherever tensors lie."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        if torch.compiler.is_compiling():  # compiled code sees to it
+            return function(*args, **options)
+        with torch.cuda.device_of(args[0]):
+            return function(*args, **options)
+
+    return call
 
 
 def launch_of(name: str, how: Operands) -> Launch:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import unit_stride
+from .layout import on_own_device, unit_stride
 
 LONGEST_ROW = 1 << 14
 """Channels of a normed group: a row lies in the registers of one program."""
@@ -116,6 +116,7 @@ def norm_gradients(
         tl.store(DWEIGHT + tl.program_id(0).to(tl.int64) * width + places, total, mask=cs < channels)
 
 
+@on_own_device
 def norm(
     x: Tensor,
     weight: Tensor | None,
@@ -130,6 +131,7 @@ def norm(
     """See `statex.kernels.pointwise.norm`."""
     rows = x.reshape(-1, x.shape[-1])
     gates = None if gate is None else unit_stride(gate.reshape(-1, x.shape[-1]))
+    weight = None if weight is None else weight.contiguous()
     normed: Tensor = _Norm.apply(unit_stride(rows), weight, gates, (groups, eps, activation, gate_first), dtype)
     return normed.view(x.shape)
 
@@ -210,6 +212,7 @@ def multiply_gradients(
     tl.store(DUP + rs * channels + cs, (dy * value).to(DUP.dtype.element_ty), mask=inside)
 
 
+@on_own_device
 def gated_product(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """See `statex.kernels.pointwise.gated_product`."""
     channels = up.shape[-1]

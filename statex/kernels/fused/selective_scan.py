@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import layout, scan_kernels
-from .layout import pad_to, padded, require_grid, unit_stride
+from .layout import on_own_device, pad_to, padded, require_grid, unit_stride
 
 LANES = 32
 """Lanes of a warp, which is a program."""
@@ -46,6 +46,7 @@ JOIN = 256
 
 
 @torch.compiler.disable
+@on_own_device
 def selective_scan(
     x: Tensor,
     dt: Tensor,
@@ -91,7 +92,7 @@ def _shape(batch: int, tokens: int, channels: int, d_state: int) -> _Shape:
     length = LENGTHS[1]
     while length > LENGTHS[0] and batch * state * (tokens // length) < PROGRAMS:
         length //= 2
-    while batch * (tokens // length) >= layout.PROGRAMS and length < tokens:
+    while batch * -(-tokens // length) > layout.PROGRAMS and length < tokens:
         length *= 2
     length = min(length, pad_to(tokens, max(STEPS.values())))
     return _Shape(batch, tokens, pad_to(tokens, length), channels, numbers, length, tile_numbers)

@@ -25,6 +25,7 @@ from .layout import (
     forget_at_borders,
     launch_of,
     needs_gradient,
+    on_own_device,
     operands,
     pad_to,
     padded,
@@ -36,11 +37,9 @@ from .layout import (
 )
 from .rows import Rows
 
-HEADS = 16
-"""Heads whose steps a program takes at once: a run of 64 bytes of `[B, T, H]`."""
-
 
 @torch.compiler.disable
+@on_own_device
 def ssd(
     x: Tensor,
     dt: Tensor,
@@ -187,7 +186,7 @@ class _Segment:
         s, g, heads = self.shape, self.g, self.shape.groups * self.shape.heads
         self.hi, self.lo, self.reading, self.to_end, self.writing, self.dt = self.per_step(6)
         self.chunk_decay = self.scratch(self.chunks, s.heads, dtype=torch.float32)
-        width = min(HEADS, triton.next_power_of_2(heads))
+        width = min(by_head.HEADS, triton.next_power_of_2(heads))
         together.launch(by_head.step_sums, (triton.cdiv(heads, width), self.chunks, s.batch))(
             g, dt, self.hi, self.lo, self.reading, self.to_end, self.writing, self.dt, self.chunk_decay,
             g.stride(0), g.stride(1), dt.stride(0), dt.stride(1), self.chunks, heads, s.heads, CHUNK=s.chunk, BH=width, num_warps=8,
@@ -295,7 +294,7 @@ class _Segment:
         makes of both passes, and what `pair_gradients` makes."""
         s, heads = self.shape, self.shape.groups * self.shape.heads
         crossing = energy.unflatten(-1, (s.heads, s.head_dim)).sum((0, -1))
-        width = min(HEADS, triton.next_power_of_2(heads))
+        width = min(by_head.HEADS, triton.next_power_of_2(heads))
         together.launch(by_head.step_gradients, (triton.cdiv(heads, width), self.tokens // BLOCK, s.batch))(
             self.g, self.dt, *parts, crossing, ddt, dg, self.g.stride(0), self.g.stride(1), ddt.stride(0), ddt.stride(1),
             self.chunks, heads, s.heads, self.dt.numel(), CHUNK=s.chunk, BH=width,

@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..lift import FLOOR, channel_mixing
 from .blocks import INTERPRETED, constant
+from .layout import on_own_device
 from .rows import back
 
 PROGRAMS = 200
@@ -153,6 +154,7 @@ def step(
 
 
 @torch.no_grad()
+@on_own_device
 def gla_step(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, *, logarithm: bool, scale: float, mixing: Tensor | None,
     lift_gamma: Tensor | None,
@@ -166,6 +168,7 @@ def gla_step(
 
 
 @torch.no_grad()
+@on_own_device
 def ssd_step(
     x: Tensor, dt: Tensor, decay: Tensor, B: Tensor, C: Tensor, state: Tensor, *, logarithm: bool, D: Tensor | None,
     lift_gamma: Tensor | None,

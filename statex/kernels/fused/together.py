@@ -1,11 +1,12 @@
 """Kernels compiled side by side before the first of them is launched, so that the first result does not wait for one after another.
 
-A pass is rehearsed: it goes through its launches without launching anything. What a rehearsal leaves out, or cannot compile, is
-compiled at its first launch, as always.
+A pass is rehearsed: it goes through its launches without launching anything. What a rehearsal leaves out, has no memory for or
+cannot compile is compiled at its first launch, as always.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Hashable
@@ -52,9 +53,10 @@ def compile_pass(kind: Hashable, function: Any, arguments: tuple[Any, ...], *, b
         with ThreadPoolExecutor(THREADS) as pool:
             with triton.AsyncCompileMode(pool, ignore_errors=True) as mode:
                 context = _Context()
-                outputs = function.forward(context, *arguments)
-                if backward:
-                    function.backward(context, *outputs)
+                with contextlib.suppress(torch.OutOfMemoryError):  # of a backward pass that may never come
+                    outputs = function.forward(context, *arguments)
+                    if backward:
+                        function.backward(context, *outputs)
             if device.type == "cuda":
                 kernels = [found.kernel for found in mode.future_kernels.values() if found.kernel is not None]
                 list(pool.map(functools.partial(_load, device), kernels))
