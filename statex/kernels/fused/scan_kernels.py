@@ -40,11 +40,17 @@ def channels_of(block, NL: tl.constexpr, DL: tl.constexpr, DR: tl.constexpr):
 
 
 @triton.jit
+def both(inside, condition):
+    """A mask and a single condition. The interpreter spreads the latter as numbers, which are no mask before they are compared."""
+    return (inside & condition) != 0
+
+
+@triton.jit
 def channel_rows(X, ds, t, way, x_t, tokens, inside, STEPS):
     """STEPS tokens' channels in float32, 0 beyond the last token, from t on; `way` is 1, or -1 for backward in time."""
     rows = ()
     for j in tl.static_range(STEPS):
-        row = tl.load(X + (t + way * j) * x_t + ds, mask=inside & (t + way * j < tokens), other=0.0)
+        row = tl.load(X + (t + way * j) * x_t + ds, mask=both(inside, t + way * j < tokens), other=0.0)
         rows += (row.to(tl.float32),)
     return rows
 
@@ -98,7 +104,7 @@ def state_numbers(END, TOTAL, first, way, size, inside, stretches, STEPS):
     totals = ()
     for j in tl.static_range(STEPS):
         s = first + way * j
-        there = inside & (s >= 0) & (s < stretches)
+        there = both(both(inside, s >= 0), s < stretches)
         ends += (tl.load(END + s * size, mask=there, other=0.0),)
         totals += (tl.load(TOTAL + s * size, mask=there, other=0.0),)
     return ends, totals
@@ -187,7 +193,7 @@ def join_stretches(END, TOTAL, START, size, stretches, BACKWARD: tl.constexpr, S
             first = stretches - 1 - first
         ends, totals = state_numbers(END, TOTAL, first, WAY, size, inside, stretches, STEPS)
         for j in tl.static_range(STEPS):
-            tl.store(END + (first + WAY * j) * size, state, mask=inside & (i + j < stretches))
+            tl.store(END + (first + WAY * j) * size, state, mask=both(inside, i + j < stretches))
             state = state * totals[j] + ends[j]
 
 
@@ -223,7 +229,7 @@ def read_stretch(
         reach = tl.load(REACH + ds, mask=inside, other=0.0)
     skip = 0.0
     if HAS_SKIP:
-        skip = tl.load(SKIP + ds, mask=inside & (tl.program_id(1) == 0), other=0.0)
+        skip = tl.load(SKIP + ds, mask=both(inside, tl.program_id(1) == 0), other=0.0)
     one_number = inside & (tl.arange(0, NL)[:, None, None, None] == 0)
     size = channels * numbers
     tile = ns * channels + ds
@@ -237,7 +243,7 @@ def read_stretch(
         states = states_after(state, xs, dts, keys, keeps, rates, reach, SIGNED, PACKED, STEPS)
         for j in tl.static_range(STEPS):
             y = sum_numbers(states[j + 1] * queries[j]) + skip * xs[j]
-            tl.store(OUT + (i + j) * o_t + ds, y.to(OUT.dtype.element_ty), mask=one_number & (i + j < tokens))
+            tl.store(OUT + (i + j) * o_t + ds, y.to(OUT.dtype.element_ty), mask=both(one_number, i + j < tokens))
         state = states[STEPS]
     if s == stretches - 1:
         tl.store(FINAL + b * size + tile, state, mask=inside)
@@ -288,7 +294,7 @@ def stretch_gradients(
         reach = tl.load(REACH + ds, mask=inside, other=0.0)
     skip = 0.0
     if HAS_SKIP:
-        skip = tl.load(SKIP + ds, mask=inside & (tl.program_id(1) == 0), other=0.0)
+        skip = tl.load(SKIP + ds, mask=both(inside, tl.program_id(1) == 0), other=0.0)
     # Lanes that share a sum leave it to the first of them.
     one_number = inside & (tl.arange(0, NL)[:, None, None, None] == 0)
     one_channel = tl.broadcast_to(tl.arange(0, DL)[None, :, None, None] == 0, [NL, DL, NR, 1])
@@ -345,13 +351,13 @@ def stretch_gradients(
             if HAS_SKIP:
                 dx += skip * dy
                 dskip += x * dy
-            there = one_number & (t < tokens)
+            there = both(one_number, t < tokens)
             tl.store(DX + t * o_t + ds, dx.to(DX.dtype.element_ty), mask=there)
             tl.store(DDT + t * o_t + ds, ddt.to(DDT.dtype.element_ty), mask=there)
     tl.store(DRATES + at, drates, mask=inside)
     row = (b * stretches + s) * channels + ds
     if HAS_SKIP:
-        tl.store(DSKIP + row, dskip, mask=one_number & (tl.program_id(1) == 0))
+        tl.store(DSKIP + row, dskip, mask=both(one_number, tl.program_id(1) == 0))
     if SIGNED:
         row += tl.program_id(1).to(tl.int64) * (tl.num_programs(2) // batch_stretches) * stretches * channels
         tl.store(DREACH + row, tl.broadcast_to(tl.sum(dreach, 0, keep_dims=True), [NL, DL, 1, DR]), mask=one_number)
