@@ -69,12 +69,12 @@ class AnnealedNorm(GroupedRMSNorm):
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """`[..., channels] -> [..., channels]`; both norms have the same weight, that of a source head repeated."""
-        weight = self.weight
-        if weight is not None and weight.numel() < x.shape[-1]:
-            weight = weight.repeat(self.blocks)
-        merged = norm(x, weight, eps=self.eps, groups=self.groups // self.blocks)
-        normed = torch.lerp(super().forward(x), merged, self.share)
-        return normed if gate is None else gated_product(gate, normed, self.activation)
+        weight, wide = self.weight, torch.promote_types(x.dtype, torch.float32)
+        if weight is not None:
+            weight = weight.repeat(x.shape[-1] // len(weight))
+        per_head, merged = (norm(x, weight, eps=self.eps, groups=n, dtype=wide) for n in (self.groups, self.groups // self.blocks))
+        normed = torch.lerp(per_head, merged, self.share.to(wide))
+        return (normed if gate is None else gated_product(gate, normed, self.activation)).to(x.dtype)
 
 
 def annealed(model: StatexForCausalLM, source: ModelDescription, number: float, seed: int) -> Advance:

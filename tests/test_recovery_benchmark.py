@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import statex
+from statex.models.components import GroupedRMSNorm
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not beside the tests")
@@ -192,6 +193,23 @@ def test_an_annealed_merge_ends_as_the_stock_model(shared_place: Any) -> None:
     run = prepared(shared_place, "gla-quickstart", "merge-annealed")
     run.advance(1.0)
     torch.testing.assert_close(outputs(run), outputs(prepared(shared_place, "gla-quickstart", "merge-inherit")), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weight_channels", [6, 24])
+def test_an_annealed_norm_goes_from_heads_to_a_merged_head(weight_channels: int, dtype: torch.dtype) -> None:
+    from recovery_extras import AnnealedNorm
+
+    norms = [GroupedRMSNorm(24, groups, 1e-5, 24, "silu") for groups in (4, 2)]
+    x, gate, weight = torch.randn(2, 24, dtype=dtype), torch.randn(2, 24, dtype=dtype), torch.randn(weight_channels)
+    for norm in norms:
+        norm.weight.data = weight.repeat(24 // weight_channels)
+    annealing = GroupedRMSNorm(24, 4, 1e-5, weight_channels, "silu")
+    annealing.weight.data = weight
+    annealing.__class__, annealing.blocks = AnnealedNorm, 2
+    for share, expected in zip((0.0, 1.0), norms, strict=True):
+        annealing.share = torch.tensor(share)
+        torch.testing.assert_close(annealing(x, gate), expected(x, gate))
 
 
 @pytest.mark.parametrize("base", ["mamba2-books", "gla-quickstart"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from statex.kernels import gla, ssd
-from tests.kernels.inputs import distance, gla_inputs, gradients, in_float64, ssd_inputs
+from tests.kernels.inputs import distance, gla_inputs, gradients, in_float64, results, ssd_inputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -59,15 +59,10 @@ def on_gpu(inputs: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[s
 def test_kernels_keep_their_accuracy_at_the_sizes_of_released_models(form: str, dtype: torch.dtype) -> None:
     kernel, make = RELEASED[form]
     inputs = on_gpu(make(1000), dtype)
-    exact = in_float64(inputs)
-    with torch.no_grad():
-        found = dict(zip(("output", "state"), kernel(**inputs, output_final_state=True, backend="triton"), strict=True))
-        expected = dict(zip(("output", "state"), kernel(**exact, output_final_state=True, backend="chunked"), strict=True))
-    found |= {f"gradient of {name}": x for name, x in gradients(kernel, inputs, backend="triton").items()}
-    expected |= {f"gradient of {name}": x for name, x in gradients(kernel, exact, backend="chunked").items()}
+    expected = results(kernel, in_float64(inputs), backend="chunked")
     far = {}
-    for name, x in found.items():
-        decays = name.removeprefix("gradient of ") in ("log_decay", "dt", "A")
+    for name, x in results(kernel, inputs, backend="triton").items():
+        decays = name in ("log_decay", "dt", "A")
         error = distance(x, expected[name])
         if not error < (DECAY_TOLERANCES if decays else TOLERANCES)[dtype]:
             far[name] = error

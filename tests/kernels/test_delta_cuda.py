@@ -10,7 +10,7 @@ import torch
 
 from statex.kernels import delta_rule, triton_backend
 from tests.kernels.delta_inputs import delta_inputs
-from tests.kernels.inputs import distance, gradients, in_float64
+from tests.kernels.inputs import distance, gradients, in_float64, results
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -48,15 +48,8 @@ def test_kernels_keep_their_accuracy_at_the_sizes_of_released_models(form: str, 
     inputs = {name: x.to("cuda", dtype if name in ("q", "k", "v") else None) for name, x in inputs.items()}
     if reason := triton_backend.why_no_delta_rule(inputs["k"], inputs["v"]):
         pytest.skip(reason)
-    exact = in_float64(inputs)
-    found: dict[str, Any]
-    expected: dict[str, Any]
-    with torch.no_grad():
-        found = dict(zip(("output", "state"), rule(**inputs, output_final_state=True, backend="triton"), strict=True))
-        expected = dict(zip(("output", "state"), rule(**exact, output_final_state=True), strict=True))
-    found |= {f"gradient of {name}": x for name, x in gradients(rule, inputs, backend="triton").items()}
-    expected |= {f"gradient of {name}": x for name, x in gradients(rule, exact).items()}
-    errors = {name: distance(x, expected[name]) for name, x in found.items()}
+    expected = results(rule, in_float64(inputs))
+    errors = {name: distance(x, expected[name]) for name, x in results(rule, inputs, backend="triton").items()}
     assert not {name: error for name, error in errors.items() if not error < TOLERANCES[dtype]}
 
 

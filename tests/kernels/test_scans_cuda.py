@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from statex.kernels import hgrn, selective_scan
-from tests.kernels.inputs import distance, gradients, in_float64
+from tests.kernels.inputs import distance, gradients, in_float64, results
 from tests.kernels.test_fused_scan import scan_inputs as fused_scan_inputs
 from tests.kernels.test_scans import hgrn_inputs, scan_inputs
 
@@ -53,13 +53,8 @@ def test_the_scans_kernels_keep_their_accuracy_at_the_sizes_of_released_models(f
     rows = ("x", "B", "C")
     inputs = fused_scan_inputs(1000, "mixed", batch=2, **RELEASED[form])
     inputs = {name: x.to("cuda", dtype if name in rows else None) for name, x in inputs.items()}
-    exact = in_float64(inputs)
-    with torch.no_grad():
-        found = dict(zip(("output", "state"), selective_scan(**inputs, output_final_state=True, backend="triton"), strict=True))
-        expected = dict(zip(("output", "state"), selective_scan(**exact, output_final_state=True), strict=True))
-    found |= {f"gradient of {name}": x for name, x in gradients(selective_scan, inputs, backend="triton").items()}
-    expected |= {f"gradient of {name}": x for name, x in gradients(selective_scan, exact).items()}
-    errors = {name: distance(x, expected[name]) for name, x in found.items()}
+    expected = results(selective_scan, in_float64(inputs))
+    errors = {name: distance(x, expected[name]) for name, x in results(selective_scan, inputs, backend="triton").items()}
     assert not {name: error for name, error in errors.items() if not error < TOLERANCES[dtype]}
 
 
