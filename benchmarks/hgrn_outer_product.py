@@ -184,10 +184,14 @@ def mean(runs: list[dict[str, str]], column: str) -> float:
 
 def draw(by_sizes: dict[tuple[str, ...], Group], path: Path) -> None:
     """Recall by number of pairs, a row of panels for each size of runs: the HGRN and what comes of it; HGRN2s from scratch."""
-    panels = {"HGRN and outer_product": (BASE, CONTINUED, PRESERVE, OPENED, INHERIT), "HGRN2 from scratch": (SCRATCH,)}
+    panels = {
+        "outer_product, preserve": (BASE, CONTINUED, PRESERVE, OPENED),
+        "outer_product, inherit": (BASE, CONTINUED, INHERIT),
+        "HGRN2 from scratch": (SCRATCH,),
+    }
     styles = {BASE: "k:", CONTINUED: "k--", OPENED: "^--", INHERIT: "s-."}
     factors = sorted({factor for group in by_sizes.values() for _, factor in group if factor > 1})
-    figure, rows = plt.subplots(len(by_sizes), 2, figsize=(9, 3.4 * len(by_sizes)), sharey=True, squeeze=False)
+    figure, rows = plt.subplots(len(by_sizes), len(panels), figsize=(12.5, 3.4 * len(by_sizes)), sharey=True, squeeze=False)
     for axes, (sizes, group) in zip(rows, by_sizes.items(), strict=True):
         pairs = pairs_of(group)
         for axis, (name, arms) in zip(axes, panels.items(), strict=True):
@@ -201,7 +205,7 @@ def draw(by_sizes: dict[tuple[str, ...], Group], path: Path) -> None:
             axis.set_xticks(ticks := [n for n in pairs if n in (2, 4, 8, 16, 32, 64, 128)], [str(tick) for tick in ticks])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=7, framealpha=0.6)
+            axis.legend(fontsize=6, framealpha=0.5)
         axes[0].set_ylabel("values recalled")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,12 +4,14 @@
     python benchmarks/recovery.py confirm --arms 'lpt@*,lift4,widen4' --seeds 0,1,2 --steps 500 --data ... --test ...
     python benchmarks/recovery.py screen --base big=runs/gla-30m/checkpoint --arms lpt@1e-3,lift4,merge-reinit --data ... --test ...
     python benchmarks/recovery.py screen --base gla-quickstart --oracle gla-quickstart=runs/x4/checkpoint --arms oracle --data ...
+    python benchmarks/recovery.py screen --base kv=runs/kv/checkpoint --key-value-tokens 16384 ...      # pretrained with the same
     python benchmarks/recovery.py cost                       # milliseconds of a step and of a token, a run at a time
     python benchmarks/recovery.py --table --arms lpt@1e-3,lift4,merge-reinit      # the committed numbers again, and a figure
 
 An arm (recovery_arms.py) is surgery on a base and a recipe. A step reads what a step of the base's own training read: windows of
-books and MQAR rows of all numbers of pairs, drawn by a generator that the seed alone keys. Text, recall and the openness of new
-numbers are measured at 0, 10, 25, 50 and 100 % of a run (recovery_measures.py), all on the same held-out rows.
+books and MQAR rows of all numbers of pairs, drawn by a generator that the seed alone keys. Text, recall (MQAR, needles, key-value
+text) and the openness of new numbers are measured at 0, 10, 25, 50 and 100 % of a run (recovery_measures.py), all on the same
+held-out rows.
 
 Each device has a process of its own, which drives several runs side by side and takes the next run that nobody has. A run's lines
 are appended to the CSV as it ends; runs that have theirs are skipped, so the command resumes. A run that fails is tried once more
@@ -35,7 +37,7 @@ from typing import Any
 import torch
 from recovery_arms import GLA, MAMBA2, choose, find
 from recovery_lines import append, known_runs, lines
-from recovery_measures import COST, MORE_TEXT, MQAR
+from recovery_measures import COST, KEY_VALUE, MORE_TEXT, MQAR
 from recovery_queue import Queue, work_on_devices
 from recovery_reading import ReadingRows
 from recovery_runs import Base, Measured, Place, Run, Spec, TimeUp
@@ -62,7 +64,7 @@ DEFAULTS = {"screen": ([0], [300]), "confirm": ([0, 1, 2], [500]), COST: ([0], [
 """Seeds and steps of each command."""
 DRY = {
     "window": 256, "text_rows": 8, "mqar_tokens": 64, "max_pairs": 16, "eval_rows": 2, "interim_bytes": 1024, "final_bytes": 2048,
-    "base_steps": 2,
+    "base_steps": 2, "max_entries": 4,
 }  # fmt: skip
 """Sizes of a dry run."""
 DONE = "done"
@@ -199,6 +201,7 @@ def shown(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What a progress line tells of a run's end."""
     last = {(row["task"], row["metric"]): row["value"] for row in rows if row["step"] == rows[-1]["step"]}
     wanted = {"bits": (MORE_TEXT, "bits_per_byte"), **{f"recall_{n}": (MQAR, f"accuracy_{n}") for n in (64, 128)}}
+    wanted |= {f"key_value_{n}": (KEY_VALUE, f"exact_{n}") for n in (8, 16)}
     wanted |= {name: (COST, name) for name in ("train_ms", "decode_ms_batch_1")}
     return {name: last[key] for name, key in wanted.items() if key in last}
 
@@ -288,6 +291,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--reading", type=existing, help="folder of factbook, squad_train, squad_dev (.jsonl.gz): their questions join every step"
     )
+    parser.add_argument(
+        "--key-value-tokens", type=int, default=0, help="of key-value text in every step, for bases pretrained with it"
+    )
+    parser.add_argument("--digits", type=int, default=4, help="of a number in key-value text")
     parser.add_argument("--devices", default="0", help="GPUs, with commas; one named twice has two processes")
     parser.add_argument("--at-once", type=int, default=4, help="runs of a process that share its device")
     parser.add_argument("--minutes", type=float, default=1e6, help="time limit of the whole command")
@@ -350,6 +357,7 @@ def main() -> None:
             few = {"train": 16, "test": 4} if args.dry_run else {}
             place.reading = ReadingRows(args.reading, READING_WIDTH, device, seed=0, **few)
         place.oracles = dict(named_folders("--oracle", args.oracle))
+        place.key_value_tokens, place.digits = args.key_value_tokens, args.digits
         place.eager, place.base_steps = args.eager, args.base_steps or place.base_steps
         claims = args.claims or folder / "claims"
         claims.mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ all others.
 
 Two ideas have no line. Reading foreign blocks through a rotation of their keys: a block has one set of keys for all its readers, so
 that rotating keys and queries alike cancels, and one of them alone only scrambles; keys of their own for new rows are what
-`widen_state` gives. Needles and key-value text are beyond these bases, so their recall is MQAR's.
+`widen_state` gives. Needles are beyond these bases, and key-value text beyond those that never read it.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from statex.evals.capacity import LEVELS, capacity_curves
 from statex.evals.mqar_rows import IGNORE
-from statex.evals.result import ACCURACY, TaskResult, make_cell
+from statex.evals.result import ACCURACY, Cell, TaskResult, make_cell
 from statex.families.description import ModelDescription
 from statex.models import StatexForCausalLM
 from statex.surgery import mamba2_rows
@@ -25,7 +26,8 @@ from statex.surgery import mamba2_rows
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from pretrain_tiny import Mixture, logits
 
-TEXT, MORE_TEXT, MQAR, NEEDLE, OPENED, COST = "books", "more books", "mqar", "needle", "opened", "cost"
+TEXT, MORE_TEXT, MQAR, KEY_VALUE, NEEDLE = "books", "more books", "mqar", "key_value", "needle"
+OPENED, COST = "opened", "cost"
 NUMBER = slice(-7, -2)
 """Where the five digits of the answer stand in a row of `needle_rows`."""
 WINDOWS_AT_ONCE = 128
@@ -79,12 +81,33 @@ def recall(model: StatexForCausalLM, mixture: Mixture, counts: list[int], rows: 
         right = hits.sum(1).cpu().numpy().astype(float)
         cells.append(make_cell(ACCURACY, {"num_pairs": pairs}, right, np.full(rows, pairs), inputs=""))
         yield MQAR, f"accuracy_{pairs}", cells[-1].value
-    task = TaskResult(MQAR, ACCURACY, {"num_pairs": "key-value pairs"}, cells, chance=1 / len(mixture.values))
+    yield from capacities(MQAR, cells, chance=1 / len(mixture.values))
+
+
+@torch.no_grad()
+def look_up(model: StatexForCausalLM, mixture: Mixture, rows: int) -> Numbers:
+    """Key-value text by number of entries: numbers told to the line's end, of all and of the one asked first; digits behind right
+    ones, a tenth of them by chance; capacities as of MQAR.
+    """
+    source, cells = mixture.key_value_rows, []
+    for entries in source.counts:
+        hits = source.score(partial(logits, model), *source.draw(entries, rows, mixture.generator)).cpu().numpy()
+        exact = hits.all(2)
+        cells.append(make_cell(ACCURACY, {"num_pairs": entries}, exact.sum(1), np.full(rows, entries), inputs=""))
+        yield KEY_VALUE, f"exact_{entries}", cells[-1].value
+        yield KEY_VALUE, f"first_{entries}", float(exact[:, 0].mean())
+        yield KEY_VALUE, f"digits_{entries}", float(hits[..., : source.digits].mean())
+    yield from capacities(KEY_VALUE, cells, chance=0.1**source.digits)
+
+
+def capacities(name: str, cells: list[Cell], chance: float) -> Numbers:
+    """The number of pairs that is recalled to 50 % and to 90 %."""
+    task = TaskResult(name, ACCURACY, {"num_pairs": "key-value pairs"}, cells, chance=chance)
     for curve in capacity_curves(task, resamples=1):
         for level in LEVELS:
             found = curve.capacity(level)
             outside = math.inf if found.beyond == "above" else 0.0
-            yield MQAR, f"capacity_{100 * level:.0f}", outside if found.value is None else found.value
+            yield name, f"capacity_{100 * level:.0f}", outside if found.value is None else found.value
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import shutil
 import sys
 import time
@@ -12,6 +11,7 @@ from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from recovery_arms import AUTO, find
 from recovery_extras import prepare, teaching_weight
 from recovery_graphs import Backward, batch_loss
-from recovery_measures import MORE_TEXT, PROMPT, TEXT, Measured, cost, find_needles, opened, read_text, recall, state_sizes
+from recovery_measures import MORE_TEXT, PROMPT, TEXT, Measured, cost, find_needles, look_up, opened, read_text, recall, state_sizes
 from recovery_reading import ReadingRows
 from torch import Tensor, nn
 
@@ -42,7 +42,7 @@ from statex.surgery.new_rows import new_rows
 from statex.surgery.plan import parse_layers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from pretrain_tiny import BYTE_OFFSET, PAIRS, PRESETS, Mixture, Preset, logits, needle_rows, read_bytes
+from pretrain_tiny import BYTE_OFFSET, PAIRS, PRESETS, Mixture, Preset, logits, needle_rows, reach, read_bytes
 
 DATA_SEED, EVALUATION_SEED = 1000, 2**31
 """The first is added to a run's seed for the generator of its data; the second draws held-out rows, the same for all runs."""
@@ -50,8 +50,8 @@ STOPS = (0.0, 0.1, 0.25, 0.5, 1.0)
 """Shares of the run at which is measured."""
 AHEAD = 2
 """Steps of a run that may wait for the device."""
-SCRATCH_WARM_UP, SCRATCH_GROWTH = 200, 0.3
-"""As in examples/pretrain_tiny.py: steps of warm-up, and the share of the run after which rows have all numbers of pairs."""
+SCRATCH_WARM_UP = 200
+"""Steps, as in examples/pretrain_tiny.py."""
 
 
 class TimeUp(Exception):
@@ -118,6 +118,11 @@ class Place:
     reading: ReadingRows | None = None
     """Questions on real text, as a further part of every step and of every measurement."""
     reading_rows: int = 16
+    key_value_tokens: int = 0
+    """Of key-value text in every step, for bases that were trained with it; it is measured in any case."""
+    max_entries: int = 32
+    digits: int = 4
+    """Of the numbers in it."""
     interim_bytes: int = 400_000
     final_bytes: int = 1_500_000
     base_steps: int | None = None
@@ -129,7 +134,10 @@ class Place:
     @cached_property
     def mixture(self) -> Mixture:
         """The data, read once for all runs."""
-        return Mixture(replace(PRESETS["gla"], window=self.window, max_pairs=self.max_pairs), self.data, self.device, seed=0)
+        preset = replace(
+            PRESETS["gla"], window=self.window, max_pairs=self.max_pairs, max_entries=self.max_entries, digits=self.digits
+        )
+        return Mixture(preset, self.data, self.device, seed=0)
 
     @cached_property
     def held_out(self) -> Tensor:
@@ -156,7 +164,7 @@ class Place:
         rows, tokens = self.text_rows or preset.text_rows, self.mqar_tokens or preset.mqar_tokens
         mixture.preset = replace(
             preset, window=self.window, max_pairs=self.max_pairs, text_rows=max(1, round(rows * batch / 8)) * 8,
-            mqar_tokens=max(4 * self.max_pairs, round(tokens * batch)),
+            mqar_tokens=max(4 * self.max_pairs, round(tokens * batch)), key_value_tokens=round(self.key_value_tokens * batch),
         )  # fmt: skip
         mixture.generator = torch.Generator(self.device).manual_seed(seed)
         return mixture
@@ -180,6 +188,7 @@ class Run:
         self.data = place.draw(self.base, spec.batch, self.seed)
         self.reading = None if place.reading is None else place.reading.keyed(self.seed)
         self.pairs = [n for n in PAIRS if n <= self.data.preset.max_pairs]
+        self.counts = [self.pairs, *([self.data.key_value_rows.counts] if place.key_value_tokens else [])]
         self.steps = place.steps(spec)
         self.layers: list[int] = []
         self.queued: deque[torch.cuda.Event] = deque()
@@ -207,8 +216,8 @@ class Run:
         self.backward = Backward(partial(batch_loss, self.model, teacher, weight, text), place.device, self.eager)
         if not self.backward.eager and self.steps:
             rows, self.data.generator = self.data.generator, torch.Generator(place.device).manual_seed(0)
-            for num_pairs in self.pairs:
-                for ids, labels in self.batches(num_pairs):
+            for numbers in zip_longest(*self.counts, fillvalue=self.pairs[0]):  # every shape once
+                for ids, labels in self.batches(*numbers):
                     self.backward.capture(ids, labels)
                     yield
             self.data.generator = rows
@@ -264,16 +273,20 @@ class Run:
     def _indices(self, layers: Any) -> tuple[int, ...]:
         return parse_layers(layers, len(self.base.description.layers), self.arm.name)
 
-    def batches(self, num_pairs: int) -> list[tuple[Tensor, Tensor]]:
+    def batches(self, num_pairs: int, entries: int = 1) -> list[tuple[Tensor, Tensor]]:
         """What a step reads."""
-        parts = [self.data.joined(num_pairs)] if self.data.preset.joined else self.data.apart(num_pairs)
+        preset = self.data.preset
+        parts = [self.data.joined(num_pairs)] if preset.joined else self.data.apart(num_pairs)
+        if preset.key_value_tokens:
+            parts.append(self.data.key_value(entries))
         return parts if self.reading is None else [*parts, self.reading.draw(self.place.reading_rows)]
 
     def step(self, step: int) -> int:
         """One update, number `step` from 0; returns the tokens that it read."""
         set_learning_rate(self.optimizer, learning_rate(step + 1, self.steps, self.options.learning_rate, self.schedule))
         tokens = 0
-        for ids, labels in self.batches(int(self.draws.choice(self._reach(step)))):
+        drawn = [int(self.draws.choice(self._reach(counts, step))) for counts in self.counts]
+        for ids, labels in self.batches(*drawn):
             self.backward(ids, labels)
             tokens += ids.numel()
         nn.utils.clip_grad_norm_(self.trained, self.options.clip_norm)
@@ -323,6 +336,7 @@ class Run:
             told += read_text(model, place.held_out, place.window, MORE_TEXT)
         rows = place.draw(self.base, self.spec.batch, EVALUATION_SEED)
         told += recall(model, rows, self.pairs, place.eval_rows)
+        told += look_up(model, rows, place.eval_rows)
         told += find_needles(model, place.needles)
         told += opened(model, self.base.description) if not self.arm.given else ()
         if place.reading is not None:
@@ -339,11 +353,9 @@ class Run:
         ids = self.place.held_out[: 2 * PROMPT].view(1, -1)
         return [Measured(0, 0, 0.0, *number) for number in cost(self.model, lambda: self.step(1), ids, tokens)]
 
-    def _reach(self, step: int) -> list[int]:
-        """Numbers of pairs that rows may have. From scratch few pairs come first, or the circuit that recalls does not form."""
-        if not self.arm.scratch:
-            return self.pairs
-        return self.pairs[: max(3, math.ceil(len(self.pairs) * min(1.0, step / (SCRATCH_GROWTH * self.steps))))]
+    def _reach(self, counts: list[int], step: int) -> list[int]:
+        """Numbers of pairs or entries that rows may have: from scratch few come first, as in the base's own training."""
+        return reach(counts, step, self.steps) if self.arm.scratch else counts
 
     def _wait(self) -> None:
         if self.place.device.type == "cuda":

@@ -12,17 +12,19 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from recovery_measures import COST, MORE_TEXT, MQAR, TEXT
+from recovery_measures import COST, KEY_VALUE, MORE_TEXT, MQAR, TEXT
 
 RUN, ERROR = "run", "error"
 FLOOR, LIMIT = "baseline", 0.5
 """The axis of runs without surgery, and the percent by which an arm's bits per byte may lie above the best of them."""
 SHOWN = tuple((MQAR, f"{kind}_{n}") for kind, counts in (("accuracy", (16, 32, 64, 128)), ("capacity", (50, 90))) for n in counts)
+LOOKED_UP = tuple((KEY_VALUE, metric) for metric in ("exact_4", "exact_8", "exact_16", "exact_32", "capacity_50", "capacity_90"))
 READ = (("factbook", "exact"), ("squad", "exact"))
-"""Of runs with `--reading`."""
+"""The first were not always measured; these are of runs with `--reading`."""
 COSTS = ("train_ms", "decode_ms_batch_1")
 MARKERS = "os^vDPX*"
 DRAWN = {"bits per byte": (TEXT, "bits_per_byte"), "recall of 128 pairs": (MQAR, "accuracy_128")}
+DRAWN_IF_LEARNT = {"key values of 16": (KEY_VALUE, "exact_16")}
 Setting = tuple[str, str, str]
 """(base, steps, batch)."""
 Run = dict[tuple[str, str], float]
@@ -59,7 +61,7 @@ def table(lines: Iterable[Line]) -> None:
         first = {arm: next(iter(runs.values()))[0] for arm, runs in arms.items()}
         floors = [by_seed[arm] for arm in arms if first[arm]["axis"] == FLOOR]
         print(f"\n{base}, {steps} steps of {batch} times the base's tokens\n")
-        shown = (*SHOWN, *(part for part in READ if any(part in run for runs in last.values() for run in runs)))
+        shown = (*SHOWN, *(part for part in (*LOOKED_UP, *READ) if any(part in run for runs in last.values() for run in runs)))
         names = ["arm", "state", "seeds", "bits/byte", "over best lpt", *map(title, shown), *COSTS]
         print(f"| {' | '.join(names)} |")
         print("|---|" + "---:|" * (len(names) - 1))
@@ -117,9 +119,12 @@ def draw(lines: Iterable[Line], arms: list[str], path: Path) -> None:
     chosen = {setting: found for setting, found in chosen.items() if found}
     if not chosen:
         raise SystemExit("the CSV holds none of these arms")
-    figure, axes = plt.subplots(len(chosen), len(DRAWN), figsize=(9, 3.2 * len(chosen)), squeeze=False)
+    told = [line for found in chosen.values() for runs in found.values() for run in runs.values() for line in run]
+    learnt = {(line["task"], line["metric"]) for line in told if float(line["value"]) > 0}
+    drawn = DRAWN | {label: metric for label, metric in DRAWN_IF_LEARNT.items() if metric in learnt}
+    figure, axes = plt.subplots(len(chosen), len(drawn), figsize=(4.5 * len(drawn), 3.2 * len(chosen)), squeeze=False)
     for row, ((base, steps, _), found) in zip(axes, chosen.items(), strict=True):
-        for axis, (label, metric) in zip(row, DRAWN.items(), strict=True):
+        for axis, (label, metric) in zip(row, drawn.items(), strict=True):
             for arm, runs in found.items():
                 points: dict[str, list[tuple[float, float]]] = defaultdict(list)
                 for line in (line for run in runs.values() for line in run):

@@ -52,4 +52,6 @@ def run_side_by_side(runs: Iterable[Run[Result]], device: torch.device, at_once:
                     next(generator)
             except StopIteration as end:
                 active.remove((stream, generator))
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()  # the allocator keeps memory for the stream that asked for it, which is gone
                 yield end.value

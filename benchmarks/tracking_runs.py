@@ -26,14 +26,39 @@ from statex.models import StatexForCausalLM
 BOOKS = Path(statex.__file__).parent / "assets"
 BYTE_OFFSET, VOCABULARY = 3, 264  # ByT5: pad, eos and unk come before the bytes; padded to a multiple of 8
 NO_SURGERY, BELOW_ZERO = "no surgery", "[-1, 1]"
+FIRST = "line"
+"""The recipe that all lines of the CSV had before there was a second."""
 GROUPS = {"parity": "Z2", "modular_addition": "Z5", "s3_words": "S3", "a5_words": "A5"}
 LENGTHS = (40, 64, 128, 256)
 SHORTEST, LONGEST, KNOWN, SOLVED = 6, 40, 0.95, 0.999
-GROW_EVERY, CHECK_EVERY = 5, 50
+GROW_EVERY = 5
+READ_AT_ONCE = 128
+"""Words; Mamba's states over 256 symbols of as many take 0.3 GB, several times, for each run that shares the device."""
 DRAWN_AT_ONCE = 20
 """Batches of words; a word takes a dozen launches, whatever their number."""
 RATE_FACTORS = (1.0, 30.0)
 """On the learning rate of all weights, and of ρ, which has far to go from 0, where the function is the source's."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained."""
+
+    cosine: bool = False
+    """The learning rate falls to 0 along a cosine, otherwise to a tenth along a line."""
+    still: bool = False
+    """Of models from nothing the short convolutions read the current symbol alone, from the first step to the last."""
+    smoothing: float = 0.0
+    """Share of an answer's probability that the loss spreads over all answers. A loss that is never 0 still tells an eigenvalue a
+    little off -1 from -1, since the logits of short words and of long ones cannot both be right."""
+    check_every: int = 200
+    """Steps between looks at words of 256."""
+    early: bool = False
+    """The run ends at the first look that finds them solved."""
+
+
+RECIPES = {FIRST: Recipe(check_every=50, early=True), "steady": Recipe(cosine=True, still=True, smoothing=0.2)}
+"""By the name in the CSV."""
 SHAPES: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 16},
     "mamba2": {"state_size": 16, "num_heads": 8, "n_groups": 1, "expand": 2},
@@ -57,6 +82,7 @@ class Spec:
     layers: int
     hidden: int
     batch: int
+    recipe: str
 
     def description(self) -> ModelDescription:
         """The model, its spectrum as the arm says."""
@@ -87,7 +113,7 @@ class Place:
 
     def base(self, spec: Spec) -> Path:
         """Folder of the text model that `spec` leaves, or starts from."""
-        return self.work / f"{spec.family}-{spec.layers}x{spec.hidden}-{spec.seed}"
+        return self.work / f"{spec.family}-{spec.layers}x{spec.hidden}-{spec.recipe}-{spec.seed}"
 
 
 OUTCOMES = ("solved_at", *(f"accuracy_{length}" for length in LENGTHS), "bits_before", "bits_after", "seconds", "device", "torch")
@@ -152,7 +178,7 @@ def accuracies(model: StatexForCausalLM, words: Words, rows: int) -> dict[int, f
     """Share of right answers after the last symbol, by length."""
     ids, answers = words.draw(rows, LENGTHS[-1])
     last = torch.tensor(LENGTHS, device=ids.device) - 1
-    predicted = torch.cat([model(part, use_cache=False, logits_to_keep=last).logits.argmax(-1) for part in ids.split(512)])
+    predicted = torch.cat([model(part, use_cache=False, logits_to_keep=last).logits.argmax(-1) for part in ids.split(READ_AT_ONCE)])
     return dict(zip(LENGTHS, (predicted == answers[:, last]).float().mean(0).tolist(), strict=True))
 
 
@@ -166,6 +192,7 @@ class Training:
 
     def __init__(self, spec: Spec, model: StatexForCausalLM, words: Words | None, books: Books | None, width: int) -> None:
         self.spec, self.model, self.words, self.books = spec, model, words, books
+        self.recipe = RECIPES[spec.recipe]
         model.set_backend("chunked")  # these models are too small for tiles of 64
         device = model.device
         self.rates = [torch.zeros((), device=device) for _ in RATE_FACTORS]
@@ -186,8 +213,11 @@ class Training:
     def _work(self) -> None:
         loss = torch.zeros((), device=self.model.device)
         if self.words is not None:
-            logits = self.model(self.ids, use_cache=False).logits
-            nats = F.cross_entropy(logits.flatten(0, 1), self.answers.flatten(), reduction="none").view(self.ids.shape)
+            logits, smoothing = self.model(self.ids, use_cache=False).logits, self.recipe.smoothing
+            logs = logits.log_softmax(-1)
+            nats = -logs.gather(-1, self.answers[..., None])[..., 0]
+            if smoothing:
+                nats = (1 - smoothing) * nats - smoothing * logs.index_select(-1, self.words.tokens).mean(-1)
             loss = loss + (nats.mean(0) * self.weights).sum()
             self.right.copy_((logits.argmax(-1) == self.answers).float().mean(0))
         if self.books is not None:
@@ -198,19 +228,25 @@ class Training:
         self.optimizer.step()
 
     def run(self) -> Generator[None, None, int | None]:
-        """All steps, a yield after each; returns the step at which the words were solved, if they were."""
-        check = None if self.words is None else Words(self.spec.problem, self.model.device, self.spec.seed + 1000)
+        """All steps, a yield after each; returns the step from which on every check finds the words solved, if the last one does.
+
+        Checks read other words than those that are measured at the end. Nothing is chosen by them unless the recipe stops early.
+        """
+        solved: int | None = None
+        alone = self.words is not None and self.books is None  # with text, the loss on it is the question, too
+        check = Words(self.spec.problem, self.model.device, self.spec.seed + 1000) if alone else None
         for step in range(1, self.spec.steps + 1):
             self._next(step / self.spec.steps)
             self.step()
             yield
             if self.words is not None and step % GROW_EVERY == 0:
                 self._grow(step / self.spec.steps)
-            # With text, the whole run is run: its loss is part of the question.
-            due = self.books is None and step % CHECK_EVERY == 0
-            if due and check is not None and accuracies(self.model, check, 512)[LENGTHS[-1]] >= SOLVED:
-                return step
-        return None
+            if check is not None and step % self.recipe.check_every == 0:
+                share = accuracies(self.model, check, 512)[LENGTHS[-1]]
+                solved = None if share < SOLVED else solved or step
+                if solved is not None and self.recipe.early:
+                    break
+        return solved
 
     def _grow(self, progress: float) -> None:
         """Lengthen the words by a quarter if the last answer is known, and to where the run has to be by now."""
@@ -219,8 +255,9 @@ class Training:
         self.length = max(self.length, round(LONGEST * min(1.0, (progress - 0.6) / 0.2)))
 
     def _next(self, progress: float) -> None:
-        """Draw the next batch and set the learning rate: a short warm-up, then a line to a tenth."""
-        rate = self.spec.learning_rate * min(1.0, progress / 0.05) * (1 - 0.9 * progress)
+        """Draw the next batch and set the learning rate: a short warm-up, then as the recipe says."""
+        falling = (1 + math.cos(math.pi * progress)) / 2 if self.recipe.cosine else 1 - 0.9 * progress
+        rate = self.spec.learning_rate * min(1.0, progress / 0.05) * falling
         for tensor, factor in zip(self.rates, RATE_FACTORS, strict=True):
             tensor.fill_(rate * factor)
         if self.words is not None:
@@ -236,10 +273,27 @@ class Training:
             self.text.copy_(self.books.draw(*self.text.shape))
 
 
+def hold_convolutions(model: StatexForCausalLM) -> None:
+    """Empty all taps of short convolutions but the current token's, and let no gradient reach them.
+
+    A convolution over four symbols makes what a step writes, and in Mamba how far it decays, depend on the three before. Such
+    differences add up in a state that forgets nothing, at random over a word: too little to be seen in 40 symbols.
+    """
+    for name, parameter in model.named_parameters():
+        if "conv1d" in name and parameter.dim() > 1:
+            current = torch.zeros_like(parameter)
+            current[..., -1] = 1
+            with torch.no_grad():
+                parameter.mul_(current)
+            parameter.register_hook(current.mul)
+
+
 def from_nothing(place: Place, spec: Spec) -> Generator[None, None, dict[str, Any]]:
     """A model trained on words alone."""
     began = time.monotonic()
     model = StatexForCausalLM.from_description(spec.description(), seed=spec.seed, device=place.device)
+    if RECIPES[spec.recipe].still:
+        hold_convolutions(model)
     words = Words(spec.problem, place.device, spec.seed)
     solved = yield from Training(spec, model, words, None, place.width).run()
     return _line(place, spec, began, model, solved_at=solved)
@@ -265,7 +319,8 @@ def fine_tuned(place: Place, spec: Spec) -> Generator[None, None, dict[str, Any]
     model = statex.load(source, device=place.device).train()
     books = Books(place.device, spec.seed + 1)
     before = books.bits_per_byte(model, place.width, place.text_windows)
-    yield from Training(spec, model, Words(spec.problem, place.device, spec.seed), books, place.width).run()
+    words = Words(spec.problem, place.device, spec.seed)
+    yield from Training(spec, model, words, books, place.width).run()
     after = books.bits_per_byte(model, place.width, place.text_windows)
     return _line(place, spec, began, model, bits_before=before, bits_after=after)
 

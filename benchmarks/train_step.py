@@ -2,8 +2,8 @@
 
     python benchmarks/train_step.py --out benchmarks/results/train_step-h100.csv
 
-Plans: `base` as released; `paper` the plan of StateX for the family; `all` every layer expanded ×4. `fla`: the `base` and `all`
-shapes in flash-linear-attention's own model (GLA only, and only where it can be imported). A step is forward, loss, backward
+Plans: `base` as released; `paper` the plan of StateX for the family; `all` (GLA) every layer expanded ×4. `fla`: the `base` and
+`all` shapes in flash-linear-attention's own model (GLA only, and only where it can be imported). A step is forward, loss, backward
 and AdamW on one row of T tokens, float32 weights under bfloat16 autocast, with gradient checkpointing. Generation: tokens a
 second of greedy decoding from a short prompt, bfloat16 weights (decay parameters float32). Rows that the table holds already
 are skipped; each (model, plan, T) runs in a process of its own.
@@ -43,6 +43,9 @@ CONFIGS = {
 EXPANSION = 4
 PAPER_LAYERS = {"gla": 6, "mamba2": 1}
 """StateX expands every so many layers."""
+
+PLANS = {"gla": ("base", "paper", "all"), "mamba2": ("base", "paper")}
+"""In Mamba-2 the paper's plan is all layers."""
 LENGTHS = (65_536, 32_768, 16_384, 8_192, 0)
 """Tokens in a row; 0: generation."""
 
@@ -64,7 +67,7 @@ def jobs(families: list[str], impls: list[str], lengths: list[int]) -> Iterator[
     """The longest rows first, fla beside the plans that it can hold."""
     for tokens in sorted(lengths, reverse=True):
         for family in families:
-            for plan in ("base", "paper", "all"):
+            for plan in PLANS[family]:
                 if "statex" in impls:
                     yield Job(family, "statex", plan, tokens)
                 if "fla" in impls and family == "gla" and plan != "paper" and tokens:
@@ -94,7 +97,7 @@ def expanded(family: str, layer: Any) -> Any:
 
 
 def build(job: Job, shrink: int, device: str) -> tuple[Any, str]:
-    """A model with gradient checkpointing, for generation in bfloat16, and the version of what it is made with."""
+    """A model to train, with gradient checkpointing, or to generate with, in bfloat16; and the version of what it is made with."""
     import torch
 
     if job.impl == "fla":
@@ -120,7 +123,8 @@ def build(job: Job, shrink: int, device: str) -> tuple[Any, str]:
         for name, parameter in model.named_parameters():
             if not job.tokens and not wide.search(name):
                 parameter.data = parameter.data.to(torch.bfloat16)
-    model.gradient_checkpointing_enable()
+    if job.tokens:
+        model.gradient_checkpointing_enable()
     return model.train(), version
 
 

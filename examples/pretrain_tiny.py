@@ -7,7 +7,8 @@ The mixture, drawn afresh at every step:
 - windows of public-domain books (field `text` of a JSONL file), every byte predicted;
 - the same windows with needles: a sentence that states a number somewhere in the window, the question and the answer at its end;
 - MQAR rows (`statex.evals.mqar_rows`): n key-value pairs, then all of them again in another order, where the values are predicted.
-  They come in batches of their own or, with `joined`, in one batch with the text, each filled up with text to a whole window.
+  They come in batches of their own or, with `joined`, in one batch with the text, each filled up with text to a whole window;
+- with `--key-value-tokens N` besides as many tokens of key-value text (`key_value_rows`), in a batch of their own.
 
 `--state 4` is the control that shows what limits recall: the same training with a key dimension four times as large. `--lift 4` is
 the same with lifted keys, at equal parameters.
@@ -19,8 +20,10 @@ import argparse
 import gzip
 import json
 import math
+import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,38 +39,18 @@ from statex.families import get_family
 from statex.families.description import ModelDescription
 from statex.models import StatexForCausalLM
 
-BYTE_OFFSET = 3  # ByT5: pad, eos and unk come before the bytes
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from key_value_rows import BYTE_OFFSET, KeyValueRows
+
 PAIRS = (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 DIALECT = {"gla": "fla", "mamba2": "transformers"}
+GROWTH = 0.3  # share of the steps after which rows have all numbers of pairs
 INTERIM_BYTES = 400_000  # of the held-out text, before the last evaluation
 VOCAB = 264  # 259 ids, padded to a multiple of 8
 WORDS = [
-    "amber",
-    "birch",
-    "cedar",
-    "delta",
-    "ember",
-    "fjord",
-    "grove",
-    "heron",
-    "ivory",
-    "jasper",
-    "karst",
-    "laurel",
-    "maple",
-    "nadir",
-    "ochre",
-    "poppy",
-    "quartz",
-    "raven",
-    "sable",
-    "topaz",
-    "umber",
-    "velvet",
-    "willow",
-    "yarrow",
-    "zephyr",
-]
+    "amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heron", "ivory", "jasper", "karst", "laurel", "maple",
+    "nadir", "ochre", "poppy", "quartz", "raven", "sable", "topaz", "umber", "velvet", "willow", "yarrow", "zephyr",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,6 +71,9 @@ class Preset:
     mqar_tokens: int = 16_384
     max_pairs: int = 128
     joined: bool = False
+    key_value_tokens: int = 0
+    max_entries: int = 32
+    digits: int = 4
 
 
 PRESETS = {
@@ -127,6 +113,7 @@ class Mixture:
         self.needles = torch.from_numpy(needle_rows(self.books.cpu().numpy(), preset.window, 20_000, seed)).to(device)
         pools = token_pools(ByT5Tokenizer(extra_ids=0))
         self.keys, self.values = (torch.from_numpy(pool).to(device) for pool in (pools.keys, pools.values))
+        self.key_value_rows = KeyValueRows(preset.max_entries, device, preset.digits)
 
     def randint(self, high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, device=self.device, generator=self.generator)
@@ -146,6 +133,11 @@ class Mixture:
         labels = torch.full_like(ids, IGNORE)
         labels[:, 2 * num_pairs + 1 :: 2] = ids[:, 2 * num_pairs + 1 :: 2]
         return ids, labels
+
+    def key_value(self, entries: int) -> tuple[Tensor, Tensor]:
+        """Ids and labels of `key_value_tokens` tokens of key-value text."""
+        source = self.key_value_rows
+        return source.draw(entries, max(1, self.preset.key_value_tokens // source.width(entries)), self.generator)
 
     def text(self) -> Tensor:
         """`[rows, window]` token ids, one row in eight with a needle."""
@@ -196,7 +188,7 @@ def needle_rows(books: np.ndarray, width: int, rows: int, seed: int) -> np.ndarr
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # many shapes, each seen once
 def evaluate(model: StatexForCausalLM, mixture: Mixture, test: Tensor, rows: int = 256) -> dict[str, object]:
-    """Bits per byte of held-out books (non-overlapping windows) and MQAR accuracy by number of pairs."""
+    """Bits per byte of held-out books (non-overlapping windows), MQAR accuracy by number of pairs, and key values likewise."""
     model.eval()
     width = mixture.preset.window
     windows = test[: len(test) // width * width].view(-1, width)
@@ -211,8 +203,16 @@ def evaluate(model: StatexForCausalLM, mixture: Mixture, test: Tensor, rows: int
             ids, labels = mixture.mqar(pairs, rows)
             hits = (logits(model, ids)[:, :-1].argmax(-1) == labels[:, 1:])[labels[:, 1:] != IGNORE]
             recall[pairs] = round(hits.float().mean().item(), 4)
+    told: dict[str, object] = {"bits_per_byte": round(bits, 4), "mqar": recall}
+    if mixture.preset.key_value_tokens:
+        source, found = mixture.key_value_rows, dict[int, list[float]]()
+        for entries in source.counts:
+            hits = source.score(partial(logits, model), *source.draw(entries, rows, mixture.generator))
+            shares = hits.all(2), hits[..., : source.digits]
+            found[entries] = [round(share.double().mean().item(), 4) for share in shares]
+        told["key_value"] = found
     model.train()
-    return {"bits_per_byte": round(bits, 4), "mqar": recall}
+    return told
 
 
 def logits(model: StatexForCausalLM, ids: Tensor) -> Tensor:
@@ -274,6 +274,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> floa
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def reach(counts: list[int], step: int, steps: int) -> list[int]:
+    """Numbers of pairs or entries that a row may have. Few early: the recall circuit forms on short rows and is then stretched."""
+    return counts[: max(3, math.ceil(len(counts) * min(1.0, step / (GROWTH * steps))))]
+
+
 def make_optimizer(model: StatexForCausalLM, rate: float) -> torch.optim.AdamW:
     """Weight decay on matrices only: not on gates, convolutions, decays, norms and biases."""
     matrices = [p for p in model.parameters() if p.ndim == 2 and min(p.shape) > 16]
@@ -310,10 +315,10 @@ def train(args: argparse.Namespace, preset: Preset) -> None:
         for step in range(preset.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, preset.steps, preset.learning_rate)
-            # Few pairs early: the recall circuit forms on short rows and is then stretched.
-            reach = counts[: max(3, math.ceil(len(counts) * min(1.0, step / (0.3 * preset.steps))))]
-            num_pairs = int(draws.choice(reach))
+            num_pairs = int(draws.choice(reach(counts, step, preset.steps)))
             batches = [mixture.joined(num_pairs)] if preset.joined else mixture.apart(num_pairs)
+            if preset.key_value_tokens:
+                batches.append(mixture.key_value(int(draws.choice(reach(mixture.key_value_rows.counts, step, preset.steps)))))
             losses = [backward(*batch) for batch in batches]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -358,6 +363,7 @@ def main() -> None:
         "--backend", default="chunked", help="kernels: the chunked ones compile into the few launches that small models need"
     )
     parser.add_argument("--lift", type=int, default=1, help="lift keys and queries")
+    parser.add_argument("--key-value-tokens", type=int, help="of key-value text that a step reads besides; none by default")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=100)
@@ -372,6 +378,8 @@ def main() -> None:
         "max_pairs",
         "window",
         "intermediate_size",
+        "max_entries",
+        "digits",
     ):
         parser.add_argument(f"--{field.replace('_', '-')}", type=int)
     for field in ("expand_v", "learning_rate"):

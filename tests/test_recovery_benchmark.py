@@ -103,7 +103,7 @@ def test_runs_leave_their_lines_and_are_not_done_again(shared_place: Any, tmp_pa
     work(shared_place, RUN, new_queue(shared_place, missing(specs, results, RUN), tmp_path / "b"), results)
     assert not missing(specs, results, RUN)
     told = lines(results)
-    assert {line["task"] for line in told} == {"books", "more books", "mqar", "needle", "opened", "run"}
+    assert {line["task"] for line in told} == {"books", "more books", "mqar", "key_value", "needle", "opened", "run"}
     lifted = [line for line in told if line["arm"] == "lift4" and line["base"] == "gla-quickstart"]
     assert {(line["factor"], line["layers"]) for line in lifted} == {("4.0", "0 1 2 3")}
     opened = [float(line["value"]) for line in lifted if line["metric"] == "gamma_rms"]

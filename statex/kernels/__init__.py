@@ -43,7 +43,7 @@ BACKENDS: dict[str, dict[str, ModuleType]] = {
 }
 """Backend name to the modules that hold its `gla` and `ssd`. A new backend is a line here.
 
-The delta rule and the selective scan have backends of the same names, listed in their own modules; HGRN's scan lacks "triton"."""
+The delta rule, the selective scan and HGRN's scan have backends of the same names, listed in their own modules."""
 
 
 def _module(backend: str, operation: str, x: Tensor) -> ModuleType:

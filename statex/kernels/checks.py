@@ -209,6 +209,50 @@ def check_ssd_step(
     _expect("state", state, (batch, heads, factor * d_state, head_dim))
 
 
+def check_delta_step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor) -> None:
+    """Raises `ValueError` on one token's rows and states `[B, H, K, V]` that do not fit together."""
+    check_device(q=q, k=k, v=v, beta=beta, log_decay=log_decay, state=state)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _require(tensor.dim() == 3, f"{name} must be [B, H, D], got {_shape(tensor)}")
+    batch, heads, value_dim = v.shape
+    query_heads, (key_heads, key_dim) = q.shape[1], k.shape[1:]
+    _expect("q", q, (batch, query_heads, key_dim))
+    _expect("k", k, (batch, key_heads, key_dim))
+    _require(heads % key_heads == 0, f"{heads} value heads cannot share {key_heads} key heads: not a multiple")
+    _require(key_heads % query_heads == 0, f"{key_heads} key heads cannot share {query_heads} query heads: not a multiple")
+    for name, per_head in (("beta", beta), ("log_decay", log_decay)):
+        if per_head is not None:
+            _expect(name, per_head, (batch, heads))
+    _expect("state", state, (batch, heads, key_dim, value_dim))
+
+
+def check_selective_scan_step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor,
+    D: Tensor | None,
+    lift_gamma: Tensor | None,
+    spectrum: Tensor | None,
+) -> None:
+    """Raises `ValueError` on one token's rows and states `[B, 1, factor * N, I]` that do not fit together."""
+    check_device(x=x, dt=dt, A=A, B=B, C=C, state=state, D=D, lift_gamma=lift_gamma, spectrum=spectrum)
+    for name, tensor in (("x", x), ("B", B)):
+        _require(tensor.dim() == 2, f"{name} must be [B, D], got {_shape(tensor)}")
+    (batch, channels), d_state = x.shape, B.shape[1]
+    _expect("dt", dt, (batch, channels))
+    _expect("A", A, (channels, d_state))
+    _expect("B", B, (batch, d_state))
+    _expect("C", C, (batch, d_state))
+    for name, per_channel in (("D", D), ("spectrum", spectrum)):
+        if per_channel is not None:
+            _expect(name, per_channel, (channels,))
+    factor = _checked_factor(lift_gamma, "group", 1, d_state)
+    _expect("state", state, (batch, 1, factor * d_state, channels))
+
+
 def check_norm(x: Tensor, weight: Tensor | None, gate: Tensor | None, groups: int) -> None:
     """Raises `ValueError` on inputs that `pointwise.norm` cannot mean."""
     check_device(x=x, weight=weight, gate=gate)
@@ -237,6 +281,15 @@ def check_convolution(x: Tensor, taps: Tensor, bias: Tensor | None, since_start:
         _expect("bias", bias, (channels,))
     if since_start is not None:
         _expect("since_start", since_start, (tokens,))
+
+
+def check_convolution_step(x: Tensor, state: Tensor, taps: Tensor, bias: Tensor | None) -> None:
+    """Raises `ValueError` on inputs that `pointwise.short_convolution_step` cannot mean."""
+    _require(x.dim() == 2, f"x must be [B, channels], got {_shape(x)}")
+    check_convolution(x[:, None], taps, bias, None)
+    check_device(x=x, state=state)
+    _expect("state", state, (*x.shape, taps.shape[1] - 1))
+    _require(state.dtype == x.dtype, f"state is {state.dtype} and x {x.dtype}: the tokens it holds are of one dtype")
 
 
 def check_device(**tensors: Tensor | None) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import chunked_delta, reference_delta, triton_backend
-from .checks import check_delta
+from .checks import check_delta, check_delta_step
 from .packed import run_in_buckets
 
 FORMS: dict[str, ModuleType] = {"reference": reference_delta, "chunked": chunked_delta}
@@ -96,11 +96,12 @@ def delta_rule_step(
         `[B, H, V]` in the dtype of `v`.
 
     Raises:
-        ValueError: a state of another shape.
+        ValueError: shapes or devices that disagree.
     """
-    (batch, heads, value_dim), key_dim, dtype = v.shape, k.shape[-1], state.dtype
-    if tuple(state.shape) != (batch, heads, key_dim, value_dim):
-        raise ValueError(f"state has shape {list(state.shape)}, expected {[batch, heads, key_dim, value_dim]}")
+    check_delta_step(q, k, v, beta, log_decay, state)
+    if (kernel := triton_backend.step_kernel(state, "delta_step")) is not None:
+        return kernel.delta_step(q, k, v, beta, log_decay, state, scale=scale)
+    heads, dtype = v.shape[1], state.dtype
     queries, keys = (x.to(dtype).repeat_interleave(heads // x.shape[1], 1)[:, :, None] for x in (q, k))
     if log_decay is not None:
         state.mul_(log_decay.to(dtype).exp()[..., None, None])

@@ -1,17 +1,21 @@
-"""The gated recurrence of HGRN (arXiv 2311.04823), whose state is one number per channel, behind one call."""
+"""The gated recurrence of HGRN (arXiv 2311.04823), whose state is one number per channel, behind one call.
+
+In PyTorch every token, or every stretch of them, is an operation of its own; on CUDA devices Triton kernels walk over the tokens
+(`fused/hgrn.py`).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import reference_scan
+from . import reference_scan, triton_backend
 from .checks import check_hgrn
 from .chunking import sequence_ids
 from .elementwise import linear_scan
 from .packed import run_in_buckets
-
-BACKENDS = ("auto", "chunked", "reference")
 
 
 def hgrn(
@@ -31,27 +35,43 @@ def hgrn(
         initial_state: `[N, D]`, zeros by default.
         output_final_state: also return the state after the last token.
         cu_seqlens: borders `[N + 1]` of N sequences packed into one row (B = 1), from 0 to T. States do not cross borders.
-        backend: "auto", "chunked" (any device) or "reference" (float64, one token at a time).
+        backend: "auto" (Triton on CUDA devices, else chunked), "triton", "chunked" (any device) or "reference" (float64, one
+            token at a time).
 
     Returns:
         h `[B, T, D]` in the dtype of `x`, and the final state `[N, D]` in float32 (float64), or None.
 
     Raises:
-        ValueError: shapes or devices that disagree, borders that do not run from 0 to T, a log-decay above 0, an unknown backend.
+        ValueError: shapes or devices that disagree, borders that do not run from 0 to T, a log-decay above 0, a backend that
+            is unknown or cannot take them.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"hgrn has no backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    scan = _form(backend, x)
     check_hgrn(x, log_decay, initial_state, cu_seqlens)
     with torch.autocast(x.device.type, enabled=False):
-        if backend == "reference":
+        if scan is None:
             return reference_scan.hgrn(
                 x, log_decay, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens
             )
         if cu_seqlens is None or (initial_state is None and not output_final_state):
-            h, state = _scan((x, log_decay), initial_state, cu_seqlens)
+            h, state = scan((x, log_decay), initial_state, cu_seqlens)
         else:
-            h, state = run_in_buckets(_scan, (x, log_decay), initial_state, cu_seqlens)
+            h, state = run_in_buckets(scan, (x, log_decay), initial_state, cu_seqlens)
         return h, state if output_final_state else None
+
+
+Form = Callable[..., tuple[Tensor, Tensor]]
+
+
+def _form(backend: str, x: Tensor) -> Form | None:
+    """What scans tensors like `x`; None is the reference. Raises `ValueError` where the backend is unknown or cannot."""
+    forms = {"reference": None, "chunked": _scan, "triton": _fused_scan}
+    return forms[triton_backend.chosen(backend, forms, x, lambda: triton_backend.why_not(x, shared_memory=0))]
+
+
+def _fused_scan(rows: tuple[Tensor, ...], state: Tensor | None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    x, log_decay = rows
+    h, final = triton_backend.MODULES["hgrn"].hgrn(x, log_decay, initial_state=state, cu_seqlens=cu_seqlens)
+    return h, final
 
 
 def _scan(rows: tuple[Tensor, ...], state: Tensor | None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from . import triton_backend
-from .checks import check_convolution, check_gated_product, check_norm
+from .checks import check_convolution, check_convolution_step, check_gated_product, check_norm
 
 ALIASES = {None: "identity", "swish": "silu"}
 """Names by which the kernels know an activation that has several."""
@@ -122,6 +122,32 @@ def short_convolution(
             delayed = delayed.masked_fill((since_start < lag)[:, None], 0)
         mixed = torch.addcmul(mixed, delayed, taps[width - 1 - lag])
     return _activated(mixed, name)
+
+
+def short_convolution_step(x: Tensor, state: Tensor, taps: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+    """One token of `short_convolution`. No gradients.
+
+    Args:
+        x: `[B, channels]`.
+        state: `[B, channels, width - 1]`, the tokens before it, the oldest first, in x's dtype; moved on by x in place.
+        taps, bias, activation: as there.
+
+    Returns:
+        `[B, channels]` in x's dtype.
+
+    Raises:
+        ValueError: shapes, devices or dtypes that disagree.
+    """
+    check_convolution_step(x, state, taps, bias)
+    name, width = ALIASES.get(activation, activation), taps.shape[1]
+    kernels = _kernels(name, x, taps, bias, state, module="convolution")
+    if kernels is not None and width <= kernels.MOST_TAPS:
+        convolved: Tensor = kernels.short_convolution_step(x, state, taps, bias, name)
+        return convolved
+    inputs = torch.cat([state, x[..., None]], -1)
+    state.copy_(inputs[..., 1:])
+    mixed = (inputs * taps.to(x.dtype)).sum(-1)
+    return _activated(mixed if bias is None else mixed + bias.to(x.dtype), name)
 
 
 def _kernels(activation: str | None, *tensors: Tensor | None, module: str = "pointwise") -> ModuleType | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference_scan, triton_backend
-from .checks import check_selective_scan
+from .checks import check_selective_scan, check_selective_scan_step
 from .chunking import Packing, run_segments
 from .elementwise import linear_scan
 from .lift import lift_factor, lifted_key, lifted_query
@@ -178,13 +178,13 @@ def selective_scan_step(
         `[B, I]` in the dtype of `x`.
 
     Raises:
-        ValueError: a state of another shape.
+        ValueError: shapes or devices that disagree.
     """
+    check_selective_scan_step(x, dt, A, B, C, state, D, lift_gamma, spectrum)
+    if (kernel := triton_backend.step_kernel(state, "scan_step")) is not None:
+        return kernel.scan_step(x, dt, A, B, C, state, D=D, lift_gamma=lift_gamma, spectrum=spectrum)
     dtype = state.dtype
     keys, queries, rates = _lifted(B, C, A, lift_gamma, dtype)
-    expected = [x.shape[0], 1, keys.shape[-1], x.shape[-1]]
-    if list(state.shape) != expected:
-        raise ValueError(f"state has shape {list(state.shape)}, expected {expected}")
     values, steps = x.to(dtype), dt.to(dtype)
     held = state.squeeze(1)
     held.mul_(_decay(steps[:, None] * rates, spectrum)).addcmul_(keys[..., None], (steps * values)[:, None])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 MODULES: dict[str, ModuleType] = {}
-"""`gla`, `ssd`, `selective_scan` and `delta` of the backend, `step` for one token, `pointwise` and `convolution` for what surrounds
-them; empty without Triton."""
+"""`gla`, `ssd`, `selective_scan`, `delta` and `hgrn` of the backend, `step`, `delta_step` and `scan_step` for one token,
+`pointwise` and `convolution` for what surrounds them, `linear_loss` for head and loss; empty without Triton."""
 
 INTERPRETED = False
 """Triton's interpreter is on: the kernels run on a CPU, slowly, for tests."""
@@ -20,10 +20,25 @@ NEEDED = 0
 """Bytes of shared memory per block that `gla` and `ssd` take."""
 
 try:
-    from .fused import blocks, convolution, delta, gla, layout, pointwise, selective_scan, ssd, step
+    from .fused import (
+        blocks,
+        convolution,
+        delta,
+        delta_step,
+        gla,
+        hgrn,
+        layout,
+        linear_loss,
+        pointwise,
+        scan_step,
+        selective_scan,
+        ssd,
+        step,
+    )
 
-    MODULES |= {"gla": gla, "ssd": ssd, "selective_scan": selective_scan, "delta": delta, "step": step}
-    MODULES |= {"pointwise": pointwise, "convolution": convolution}
+    MODULES |= {"gla": gla, "ssd": ssd, "selective_scan": selective_scan, "delta": delta, "hgrn": hgrn}
+    MODULES |= {"step": step, "delta_step": delta_step, "scan_step": scan_step}
+    MODULES |= {"pointwise": pointwise, "convolution": convolution, "linear_loss": linear_loss}
     INTERPRETED, NEEDED = blocks.INTERPRETED, layout.SHARED_MEMORY
 except ImportError:
     pass
@@ -73,7 +88,7 @@ def _shared_memory(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))  # ROCm has no such field
 
 
-def step_kernel(state: Tensor) -> ModuleType | None:
-    """The one-token kernels, if they can update this state in place."""
+def step_kernel(state: Tensor, name: str = "step") -> ModuleType | None:
+    """A module of one-token kernels, if they can update this state in place."""
     fits = state.is_cuda and state.dtype in (torch.float32, torch.bfloat16) and state.stride(-1) == 1
-    return MODULES["step"] if MODULES and fits else None
+    return MODULES[name] if MODULES and fits else None

@@ -15,9 +15,10 @@ class LayerState:
     """Memory of one layer.
 
     Attributes:
-        recurrent: `[B, H, K, V]` fp32, sized by the layer's description; None before the first token. A one-token step changes it
-            in place.
+        recurrent: `[B, H, K, V]` fp32, sized by the layer's description; None before the first token.
         conv: last inputs of each short convolution by name, `[B, channels, conv_size - 1]` in the compute dtype.
+
+    Without gradients a one-token step changes both in place.
     """
 
     __slots__ = ("conv", "recurrent")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..families.description import LayerDescription, ModelDescription
-from ..kernels.pointwise import gated_product, norm, short_convolution
+from ..kernels.pointwise import gated_product, norm, short_convolution, short_convolution_step
 from .cache import LayerState, detached_tail
 
 
@@ -152,15 +152,19 @@ class ShortConvolution(nn.Module):
         return self.weight.shape[-1]
 
     def forward(self, x: Tensor, layout: TokenLayout, state: LayerState | None = None, name: str = "conv") -> Tensor:
-        """`[B, T, C] -> [B, T, C]`. Padded positions of `x` count as zeros. Reads and replaces `state.conv[name]`."""
+        """`[B, T, C] -> [B, T, C]`. Padded positions of `x` count as zeros. Reads `state.conv[name]` and moves it on."""
         x = layout.zero_padding(x)
+        activation, taps = "silu" if self.activate else None, self.weight[:, 0]
         past = None if state is None else state.conv.get(name)
+        # The step writes into the state, which autograd could not undo.
+        if past is not None and x.shape[1] == 1 and past.dtype == x.dtype and not torch.is_grad_enabled():
+            return short_convolution_step(x[:, 0], past, taps, self.bias, activation)[:, None]
         history, since_start = self.width - 1, layout.since_start(x.shape[1], x.device)
         inputs = x if past is None else torch.cat([past.transpose(1, 2).to(x.dtype), x], dim=1)
         if state is not None:
             recent = F.pad(inputs, (0, 0, max(0, history - inputs.shape[1]), 0))
             state.conv[name] = detached_tail(recent.transpose(1, 2), history)
-        mixed = short_convolution(inputs, self.weight[:, 0], self.bias, since_start, "silu" if self.activate else None)
+        mixed = short_convolution(inputs, taps, self.bias, since_start, activation)
         return mixed if past is None else mixed[:, history:]
 
 

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from ..kernels import triton_backend
 
 LOGITS = 1 << 27
 """Logits that may exist at one time."""
 
 IGNORED = -100
 
+DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+"""What the Triton kernel takes."""
+
 
 def next_token_loss(
     head: nn.Module, hidden_states: Tensor, labels: Tensor, vocab_size: int, divisor: Tensor | float | None
 ) -> Tensor:
-    """Cross-entropy of the next tokens in nats; pieces of logits are made, used and, in the backward pass, made again.
+    """Cross-entropy of the next tokens in nats; logits exist a piece at a time.
+
+    On CUDA devices a plain linear head goes with the loss: logits are made once and turned into their gradients in place
+    (`kernels.fused.linear_loss`). Elsewhere, and behind other heads, pieces are made, used and, in the backward pass, made again.
 
     Args:
         head: maps hidden states to logits.
@@ -30,6 +40,10 @@ def next_token_loss(
     rows = hidden_states.flatten(0, 1)
     if divisor is None:
         divisor = (targets != IGNORED).sum().clamp_min(1)
+    kernels = _kernels(head, rows)
+    if kernels is not None:
+        loss: Tensor = kernels.mean_loss(rows, head.weight, targets, divisor)
+        return loss
     pieces = list(zip(rows.split(max(1, LOGITS // vocab_size)), targets.split(max(1, LOGITS // vocab_size)), strict=True))
     if len(pieces) == 1 or not torch.is_grad_enabled():
         losses = [_piece(head, *piece) for piece in pieces]
@@ -40,3 +54,26 @@ def next_token_loss(
 
 def _piece(head: nn.Module, rows: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(head(rows).float(), targets, ignore_index=IGNORED, reduction="sum")
+
+
+def _kernels(head: nn.Module, rows: Tensor) -> ModuleType | None:
+    """The Triton kernels, where they take such rows and calling the head is a product with its weight and nothing else."""
+    if torch.compiler.is_compiling() or not rows.is_cuda or not _is_plain(head, rows):
+        return None
+    return triton_backend.MODULES.get("linear_loss")
+
+
+def _is_plain(head: nn.Module, rows: Tensor) -> bool:
+    """Whether it is one product: no bias, adapter, hook or quantised layer, and a whole weight that the rows can meet as it is."""
+    if type(head) is not nn.Linear or head.bias is not None or "forward" in vars(head):
+        return False
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    weight = head.weight
+    return (
+        not any(hooks)
+        and {weight.dtype, rows.dtype} <= DTYPES
+        and type(weight) in (Tensor, nn.Parameter)
+        and weight.device == rows.device
+        and weight.shape == (head.out_features, rows.shape[-1])
+        and (weight.dtype == rows.dtype or torch.is_autocast_enabled(rows.device.type))
+    )

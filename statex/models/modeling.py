@@ -98,8 +98,8 @@ class StatexPreTrainedModel(PreTrainedModel):
     def set_backend(self, backend: str) -> None:
         """Choose the kernels of all mixers' recurrences: `auto`, `reference`, `chunked`, `triton`.
 
-        Norms, gates and short convolutions take theirs by device, whatever is chosen here; so does one token of generation. HGRN's
-        elementwise scan has no Triton form and takes `auto` instead. Raises `ValueError` on any other name.
+        Norms, gates, short convolutions and the loss take theirs by device, whatever is chosen here; so does a generated token.
+        Raises `ValueError` on any other name.
         """
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}; choose one of auto, {', '.join(BACKENDS)}")

@@ -81,5 +81,12 @@ def can_capture(model: nn.Module) -> bool:
     """Whether a model's forward is a sequence of launches on one GPU and nothing else: no hooks, nothing offloaded or sharded."""
     places = {parameter.device for parameter in model.parameters()}
     several = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    hooked = any(module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook") for module in model.modules())
-    return not (model.training or several or hooked) and len(places) == 1 and places.pop().type == "cuda"
+    return not (model.training or several or is_hooked(model)) and len(places) == 1 and places.pop().type == "cuda"
+
+
+def is_hooked(model: nn.Module) -> bool:
+    """Whether anything but the model itself sees its forward. transformers' own hook for gradient checkpointing asks nothing of a
+    forward without gradients."""
+    own = {handle.id for handle in getattr(model, "_require_grads_hooks", ())}
+    hooks = (id for module in model.modules() for id in (*module._forward_hooks, *module._forward_pre_hooks))
+    return any(id not in own for id in hooks) or any(hasattr(module, "_hf_hook") for module in model.modules())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from statex.kernels import delta_rule, gla, gla_step, hgrn, selective_scan, ssd, ssd_step
+from statex.kernels import delta_rule, delta_rule_step, gla, gla_step, hgrn, selective_scan, selective_scan_step, ssd, ssd_step
 from statex.kernels.pointwise import gated_product, norm, short_convolution
 from tests.kernels.delta_inputs import delta_inputs
 from tests.kernels.inputs import gla_inputs, ssd_inputs
@@ -48,6 +48,8 @@ CALLS: dict[str, Call] = {
     "hgrn": (hgrn, lambda: hgrn_inputs(8)),
     "gla step": (gla_step, lambda: step_inputs(gla_inputs(1, mixing="channel", lift=2)) | {"scale": 1.0}),
     "ssd step": (ssd_step, lambda: step_inputs(ssd_inputs(1, lift=2))),
+    "delta rule step": (delta_rule_step, lambda: step_inputs(delta_inputs(1)) | {"scale": 1.0}),
+    "selective scan step": (selective_scan_step, lambda: step_inputs(scan_inputs(1, lift=2, signed=True))),
     "norm": (norm, lambda: {"x": torch.zeros(2, 6), "weight": torch.zeros(6), "gate": torch.zeros(2, 6), "groups": 2, "eps": 1e-5}),
     "gated product": (gated_product, lambda: {"gate": torch.zeros(2, 6), "up": torch.zeros(2, 6), "activation": None}),
     "short convolution": (
@@ -62,7 +64,7 @@ CALLS: dict[str, Call] = {
 
 def step_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     """Those of one token, from rows of one token."""
-    rows = ("q", "k", "v", "log_decay", "x", "dt", "B", "C")
+    rows = ("q", "k", "v", "beta", "log_decay", "x", "dt", "B", "C")
     state = inputs.pop("initial_state")
     return {name: x[:, 0] if name in rows else x for name, x in inputs.items()} | {"state": state}
 
@@ -85,6 +87,22 @@ FITTING: list[tuple[str, dict[str, Any], str]] = [
     ("ssd step", {"spectrum": torch.zeros(1)}, r"spectrum must be \[4\]"),
     ("ssd step", {"lift_gamma": torch.zeros(4, 6)}, r"lift_gamma must be \[2 groups, a multiple of 6\]"),
     ("ssd step", {"state": torch.zeros(2, 4, 6, 10)}, r"state must be \[2, 4, 12, 10\]"),
+    ("delta rule step", {"q": torch.zeros(2, 2, 5)}, r"q must be \[2, 2, 6\], got \[2, 2, 5\]"),
+    ("delta rule step", {"k": torch.zeros(2, 1, 2, 6)}, r"k must be \[B, H, D\], got \[2, 1, 2, 6\]"),
+    ("delta rule step", {"q": torch.zeros(2, 3, 6), "k": torch.zeros(2, 3, 6)}, "2 value heads cannot share 3 key heads"),
+    ("delta rule step", {"q": torch.zeros(2, 3, 6)}, "2 key heads cannot share 3 query heads"),
+    ("delta rule step", {"beta": torch.zeros(2, 1)}, r"beta must be \[2, 2\]"),
+    ("delta rule step", {"log_decay": torch.zeros(2, 2, 6)}, r"log_decay must be \[2, 2\]"),
+    ("delta rule step", {"state": torch.zeros(2, 2, 10, 6)}, r"state must be \[2, 2, 6, 10\]"),
+    ("selective scan step", {"x": torch.zeros(2, 1, 6)}, r"x must be \[B, D\]"),
+    ("selective scan step", {"B": torch.zeros(2, 1, 4)}, r"B must be \[B, D\]"),
+    ("selective scan step", {"dt": torch.zeros(2, 1)}, r"dt must be \[2, 6\]"),
+    ("selective scan step", {"A": torch.zeros(4, 6)}, r"A must be \[6, 4\]"),
+    ("selective scan step", {"C": torch.zeros(2, 5)}, r"C must be \[2, 4\]"),
+    ("selective scan step", {"D": torch.zeros(1)}, r"D must be \[6\]"),
+    ("selective scan step", {"spectrum": torch.zeros(1)}, r"spectrum must be \[6\]"),
+    ("selective scan step", {"lift_gamma": torch.zeros(2, 4)}, r"lift_gamma must be \[1 group, a multiple of 4\]"),
+    ("selective scan step", {"lift_gamma": None}, r"state must be \[2, 1, 4, 6\], got \[2, 1, 8, 6\]"),
     ("norm", {"groups": 4}, "4 groups do not divide 6 channels"),
     ("norm", {"weight": torch.zeros(2)}, r"weight must be \[6\] or \[3\], got \[2\]"),
     ("norm", {"gate": torch.zeros(2, 3)}, r"gate must be \[2, 6\], got \[2, 3\]"),
@@ -128,7 +146,7 @@ def test_every_tensor_must_lie_on_the_device_of_the_first(name: str) -> None:
             call(**inputs)
 
 
-@pytest.mark.parametrize("name", ["gla", "ssd", "delta rule", "selective scan"])
+@pytest.mark.parametrize("name", ["gla", "ssd", "delta rule", "selective scan", "hgrn"])
 def test_an_unknown_backend_is_answered_with_those_there_are(name: str) -> None:
     call, make = CALLS[name]
     with pytest.raises(ValueError, match="unknown backend 'cuda'; choose one of auto, reference, chunked, triton"):

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from statex.kernels import delta_rule, gla, selective_scan, ssd
+from statex.kernels import delta_rule, gla, hgrn, selective_scan, ssd
 from tests.kernels.delta_inputs import delta_inputs
 from tests.kernels.inputs import gla_inputs, ssd_inputs
 from tests.kernels.test_fused_scan import scan_inputs
+from tests.kernels.test_scans import hgrn_inputs
 
 pytest.importorskip("triton")
 
@@ -24,6 +25,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]], dict[s
     "ssd": (ssd, ssd_inputs, {}),
     "delta rule": (delta_rule, delta_inputs, {}),
     "selective scan": (selective_scan, scan_inputs, {}),
+    "hgrn": (hgrn, hgrn_inputs, {}),
 }
 
 
@@ -31,7 +33,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]], dict[s
 def test_a_checkpointed_call_has_the_same_gradients(name: str) -> None:
     kernel, make, options = CALLS[name]
     inputs = make(20, batch=1, **options)
-    scale = {} if kernel in (ssd, selective_scan) else {"scale": 0.5}
+    scale = {} if kernel in (ssd, selective_scan, hgrn) else {"scale": 0.5}
 
     def outputs(*leaves: torch.Tensor) -> torch.Tensor:
         return kernel(**dict(zip(inputs, leaves, strict=True)), **scale, backend="triton")[0]

@@ -266,5 +266,5 @@ def test_a_mistake_is_named(mistake: str) -> None:
 
 def test_a_step_refuses_a_state_of_another_shape() -> None:
     inputs = {name: x[:, 0] for name, x in delta_inputs(1).items() if name != "initial_state"}
-    with pytest.raises(ValueError, match=r"state has shape \[2, 2, 5, 10\], expected \[2, 2, 6, 10\]"):
+    with pytest.raises(ValueError, match=r"state must be \[2, 2, 6, 10\], got \[2, 2, 5, 10\]"):
         delta_rule_step(**inputs, state=torch.zeros(2, 2, 5, 10), scale=1.0)

@@ -20,8 +20,9 @@ from statex.kernels.fused import convolution, layout
 from statex.kernels.fused import pointwise as fused_pointwise
 
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-FUSED = [name for name in CALLS if name != "hgrn"]
-OPTIONS: dict[str, dict[str, Any]] = {name: {"backend": "triton"} for name in ("gla", "ssd", "delta rule", "selective scan")}
+OPTIONS: dict[str, dict[str, Any]] = {
+    name: {"backend": "triton"} for name in ("gla", "ssd", "delta rule", "selective scan", "hgrn")
+}
 
 
 def first_result(name: str, device: str) -> Tensor:
@@ -33,7 +34,7 @@ def first_result(name: str, device: str) -> Tensor:
 
 
 @ON_CPU
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", CALLS)
 def test_a_call_makes_the_device_of_its_tensors_current(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[torch.device] = []
 
@@ -44,14 +45,15 @@ def test_a_call_makes_the_device_of_its_tensors_current(name: str, monkeypatch: 
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(pointwise, "_kernels", lambda *_, module="pointwise": triton_backend.MODULES[module])
-    monkeypatch.setattr("statex.kernels.step.step_kernel", lambda _: triton_backend.MODULES["step"])
+    for where in ("statex.kernels.step", "statex.kernels.triton_backend"):
+        monkeypatch.setattr(f"{where}.step_kernel", lambda _, name="step": triton_backend.MODULES[name])
     first_result(name, "cpu")
     assert asked == [torch.device("cpu")]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", CALLS)
 def test_a_second_gpu_computes_the_same_while_the_first_is_current(name: str) -> None:
     expected, found = first_result(name, "cuda:0"), first_result(name, "cuda:1")
     assert found.device == torch.device("cuda:1")

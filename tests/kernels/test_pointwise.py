@@ -202,6 +202,32 @@ def test_a_convolution_equals_torchs(kind: str) -> None:
     torch.testing.assert_close(convolution(**inputs, **options), expected)
 
 
+@pytest.mark.parametrize("form", ["fused", "PyTorch"])
+@pytest.mark.parametrize("kind", [kind for kind, options in CONVOLUTIONS.items() if "starts" not in options])
+def test_a_convolution_token_by_token_equals_all_at_once(kind: str, form: str, request: pytest.FixtureRequest) -> None:
+    asked = request.getfixturevalue("fused") if form == "fused" else []
+    inputs, options = convolution_inputs(**CONVOLUTIONS[kind])
+    inputs = {name: x.to(DEVICE) for name, x in inputs.items()}
+    x, taps = inputs.pop("x"), inputs.pop("taps")
+    rest, width = inputs, taps.shape[1]
+    # Channels of a wider row, and a state whose tokens lie apart, as a row's last tokens do.
+    x, state = torch.stack([x, x], -2).flatten(2)[..., :10], torch.zeros(2, width - 1, 10, device=DEVICE).mT
+    place = state.data_ptr()
+    tokens = [pointwise.short_convolution_step(row, state, taps, rest.get("bias"), options["activation"]) for row in x.unbind(1)]
+    assert distance(torch.stack(tokens, 1), convolution(x.double(), **in_float64({"taps": taps} | rest), **options)) < TOLERANCE
+    recent = F.pad(x, (0, 0, width - 1, 0)).mT[..., x.shape[1] :]
+    assert torch.equal(state, recent)
+    assert state.data_ptr() == place
+    assert ("convolution" in asked) == (form == "fused")
+
+
+def test_a_convolutions_step_refuses_a_state_of_other_shape_or_dtype() -> None:
+    x, taps = torch.randn(2, 10), torch.randn(10, 4)
+    for state, told in ((torch.zeros(2, 10, 4), "state must be"), (torch.zeros(2, 10, 3).half(), "state is torch.float16")):
+        with pytest.raises(ValueError, match=told):
+            pointwise.short_convolution_step(x, state, taps, None)
+
+
 def test_slices_of_wider_rows_are_taken_as_they_are(fused: list[str]) -> None:
     wide = torch.randn(2, 9, 40, device=DEVICE)
     x, gate = wide[..., :16], wide[..., 20:36]

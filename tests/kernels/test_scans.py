@@ -173,7 +173,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "log-decays above 0": (hgrn, {"log_decay": torch.full((2, 3, 5), 0.1)}, "at most 0"),
     "log-decays of another shape": (hgrn, {"log_decay": torch.zeros(2, 3, 4)}, r"\[2, 3, 5\]"),
     "a state of another shape": (hgrn, {"initial_state": torch.zeros(3, 5)}, "initial_state"),
-    "no such backend": (hgrn, {"backend": "fast"}, "no backend 'fast'"),
+    "no such backend": (hgrn, {"backend": "fast"}, "unknown backend 'fast'"),
     "A above 0": (selective_scan, {"A": torch.ones(6, 4)}, "A must be at most 0"),
     "steps below 0": (selective_scan, {"dt": -torch.ones(2, 3, 6)}, "softplus"),
     "gates that fit no lift": (selective_scan, {"lift_gamma": torch.zeros(1, 3)}, "lift_gamma"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from statex.models import StatexCache, StatexForCausalLM
-from statex.models.token_graph import TokenGraph
+from statex.models.token_graph import TokenGraph, is_hooked
 from tests.models.build import DESCRIPTIONS, build, every_model, tokens
 
 TIGHT = {"rtol": 1e-4, "atol": 1e-4}
@@ -209,3 +209,13 @@ def test_hooks_see_every_token_that_is_generated() -> None:
     model.model.layers[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
     generate(model, ids, max_new_tokens=8)
     assert seen == [5, *[1] * 7]
+
+
+def test_gradient_checkpointing_leaves_no_hook_that_a_graph_would_miss() -> None:
+    model = build("gla")
+    model.gradient_checkpointing_enable()
+    assert not is_hooked(model)
+    handle = model.lm_head.register_forward_pre_hook(lambda module, inputs: None)
+    assert is_hooked(model)
+    handle.remove()
+    assert not is_hooked(model)

@@ -1,6 +1,6 @@
 """The short causal convolution with its activation: one pass over memory forward, two backward.
 
-Same call and results as the PyTorch form in `statex.kernels.pointwise`.
+Same calls and results as the PyTorch forms in `statex.kernels.pointwise`.
 """
 
 from __future__ import annotations
@@ -117,6 +117,47 @@ def convolve_back(
         dx += tl.load(DMIXED + places, mask=inside, other=0.0).to(tl.float32) * tap[None, :]
     places = (z * tokens + ts)[:, None] * channels + cs[None, :]
     tl.store(DX + places, dx.to(DX.dtype.element_ty), mask=(ts < tokens)[:, None] & (cs < channels)[None, :])
+
+
+@triton.jit
+def convolve_token(
+    X, TAPS, BIAS, STATE, OUT, x_b, s_b, s_c, s_t, channels,
+    WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BIASED: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """One token behind the WIDTH - 1 that STATE holds, which moves on by it. Grid: (channels / BC, B)."""
+    cs = tl.program_id(0) * BC + tl.arange(0, BC)
+    z = tl.program_id(1).to(tl.int64)
+    there = cs < channels
+    STATE += z * s_b
+    x = tl.load(X + z * x_b + cs, mask=there, other=0.0)
+    mixed = x.to(tl.float32) * tl.load(TAPS + cs * WIDTH + WIDTH - 1, mask=there, other=0.0).to(tl.float32)
+    if BIASED:
+        mixed += tl.load(BIAS + cs, mask=there, other=0.0).to(tl.float32)
+    for place in tl.static_range(WIDTH - 1):  # the oldest first, so that each is read before the next takes its place
+        past = tl.load(STATE + cs * s_c + place * s_t, mask=there, other=0.0)
+        mixed += past.to(tl.float32) * tl.load(TAPS + cs * WIDTH + place, mask=there, other=0.0).to(tl.float32)
+        if place > 0:
+            tl.store(STATE + cs * s_c + (place - 1) * s_t, past, mask=there)
+    if WIDTH > 1:
+        tl.store(STATE + cs * s_c + (WIDTH - 2) * s_t, x, mask=there)
+    value, _ = activated(mixed, ACTIVATION)
+    tl.store(OUT + z * channels + cs, value.to(OUT.dtype.element_ty), mask=there)
+
+
+@torch.no_grad()
+@on_own_device
+def short_convolution_step(x: Tensor, state: Tensor, taps: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """See `statex.kernels.pointwise.short_convolution_step`."""
+    (batch, channels), width = x.shape, taps.shape[1]
+    require_grid(batch)
+    x, bias = unit_stride(x), None if bias is None else bias.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel():
+        convolve_token[(triton.cdiv(channels, CHANNELS), batch)](
+            x, taps.contiguous(), bias, state, out, x.stride(0), *state.stride(), channels, width, activation, bias is not None,
+            CHANNELS, num_warps=4,
+        )  # fmt: skip
+    return out
 
 
 @on_own_device

@@ -200,7 +200,8 @@ def tile_of(states: int, rows: int, value_dim: int, *, lifted: bool = False) -> 
 
 
 @cache
-def _can_start_early(device: torch.device) -> bool:
+def can_start_early(device: torch.device) -> bool:
+    """Whether programs can start while the kernel before theirs ends."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -213,7 +214,7 @@ def _launch(
     batch, heads, rows, value_dim = state.shape
     key_dim, parts = k.shape[-1], 1 if mixing is None else mixing.shape[-1]
     tile = tile_of(parts * batch * heads, rows, value_dim // parts, lifted=rows > key_dim)
-    early = tile.early and _can_start_early(state.device)
+    early = tile.early and can_start_early(state.device)
     step[(parts * triton.cdiv(value_dim // parts, tile.values), heads, batch)](
         q, k, v, decay, *(q if x is None else x for x in (weight, skip, gamma, mixing)), state, out, *state.stride()[:3], scale,
         K=key_dim, V=value_dim, GROUP=group, SHARED=shared, PARTS=parts, LIFT=rows // key_dim, SCALAR=weight is not None,
