@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import importlib.metadata
 import json
 import os
 import shutil
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from lists import some_of, whole_numbers
+from timing import BANDWIDTH, DECODE_BATCHES, iter_calls, timed, timed_tokens, version
 
 COLUMNS = (
     "op", "impl", "pass", "B", "T", "H", "K", "V", "dtype", "ms_median", "ms_p10", "ms_p90", "extra_mem_mib", "floor_ms",
@@ -46,11 +46,8 @@ PEERS = {"gla": "fla", "ssd": "mamba_ssm"}
 TOKENS = 65_536
 """Tokens in a batch, whatever the sequence length."""
 
-BANDWIDTH, PEAK = 3.0e12, 600e12
+PEAK = 600e12
 FLOOR_CHUNK = 256
-DECODE_BATCHES = (1, 8, 64)
-DECODE_TOKENS = 16
-"""Tokens in a captured graph."""
 
 
 @dataclass(frozen=True)
@@ -165,16 +162,6 @@ def implementation(job: Job) -> tuple[Callable[..., Any], str]:
     return lambda x, dt, A, B, C, D: mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256, D=D), version("mamba_ssm")
 
 
-def version(*names: str) -> str:
-    """Version of the first of these distributions that is installed; of a bare folder, its `__version__`."""
-    for name in names:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return str(getattr(__import__(names[0].replace("-", "_")), "__version__", "unknown"))
-
-
 def decoder(job: Job, batch: int) -> Callable[[int], Any]:
     """A function that does one token on the i-th of several states."""
     import torch
@@ -211,15 +198,9 @@ def measure_decode(job: Job) -> Iterator[dict[str, Any]]:
     for batch in DECODE_BATCHES:
         with torch.no_grad():
             step = decoder(job, batch)
-            for i in range(3):
-                step(i)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for i in range(DECODE_TOKENS):
-                    step(i)
-            times = [ms / DECODE_TOKENS for ms in timed(graph.replay, 30)]
+            times = timed_tokens(step, 30)
         yield row(job, "decode", batch, 1, times, None, None)
-        del step, graph
+        del step
         torch.cuda.empty_cache()
 
 
@@ -260,32 +241,6 @@ def measure_rows(job: Job, started: float) -> Iterator[dict[str, Any]]:
 def times_first_result(job: Job) -> bool:
     """Whether the time from a process's start to its first result is part of the table."""
     return job.shape.expanded and job.tokens == TOKENS
-
-
-def iter_calls(run: Callable[[int], None]) -> Callable[[], None]:
-    """Calls `run` with 0, 1, 2, ..."""
-    state = {"i": 0}
-
-    def call() -> None:
-        run(state["i"])
-        state["i"] += 1
-
-    return call
-
-
-def timed(call: Callable[[], Any], count: int) -> list[float]:
-    """Milliseconds of `count` calls after three to warm up."""
-    import torch
-
-    for _ in range(3):
-        call()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
-    for start, end in events:
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(end) for start, end in events)
 
 
 def row(

@@ -27,7 +27,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from kernels import BANDWIDTH, DECODE_BATCHES, DECODE_TOKENS, iter_calls, timed, version
+from timing import BANDWIDTH, DECODE_BATCHES, iter_calls, timed_tokens, version
 from torch import Tensor
 
 import statex
@@ -260,13 +260,7 @@ def decode_lines(shape: Shape, count: int, beside: bool) -> Iterator[dict[str, A
     for batch in DECODE_BATCHES:
         for name, step, found in steps(shape, batch, beside, device):
             try:
-                for i in range(3):
-                    step(i)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    for i in range(DECODE_TOKENS):
-                        step(i)
-                times = [ms / DECODE_TOKENS for ms in timed(graph.replay, 3 * count)]
+                times = timed_tokens(step, 3 * count)
             except Exception as error:
                 print(f"failed: {name} {shape}: {type(error).__name__}: {error}"[:500], file=sys.stderr)
                 continue

@@ -1,7 +1,7 @@
 """Can a recurrent model count? Parity beyond the training length, with eigenvalues in [0, 1] and in [-1, 1] (arXiv 2411.12537).
 
     python benchmarks/state_tracking.py screen      # one seed, fewer steps, three learning rates a model
-    python benchmarks/state_tracking.py confirm     # three seeds at the learning rate that the screen found best
+    python benchmarks/state_tracking.py confirm     # more seeds at the learning rate that the screen found best
     python benchmarks/state_tracking.py surgery     # trained on text with [0, 1], extended by statex, fine-tuned on text and parity
     python benchmarks/state_tracking.py table       # summary of the CSV, and a figure for each problem
 
@@ -132,7 +132,7 @@ def screen(bench: Bench) -> None:
 
 
 def confirm(bench: Bench) -> None:
-    """Each at the learning rate that did best in the screen, three seeds that nothing was tuned on."""
+    """Each at the learning rate that did best in the screen, on seeds that nothing was tuned on."""
     rates = best_rates(bench)
     specs = (bench.spec("confirm", *model, seed, rates.get(model, RATES[1])) for model in models(bench) for seed in bench.seeds)
     bench.run(specs, from_nothing)

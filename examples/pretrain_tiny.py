@@ -352,11 +352,18 @@ def save(model: StatexForCausalLM, out: Path) -> None:
         export_native(canonical, out, force=True)
 
 
+def existing(text: str) -> Path:
+    """A file or folder that is there."""
+    if not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text} does not exist")
+    return Path(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="books to train on, JSONL.gz with a field `text`")
-    parser.add_argument("--test", type=Path, required=True, help="held-out books, likewise")
+    parser.add_argument("--data", type=existing, required=True, help="books to train on, JSONL.gz with a field `text`")
+    parser.add_argument("--test", type=existing, required=True, help="held-out books, likewise")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--state", type=int, default=1, help="multiply the key dimension")
     parser.add_argument(
@@ -369,18 +376,9 @@ def main() -> None:
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--eval-every", type=int, default=1000)
     for field in (
-        "hidden_size",
-        "num_layers",
-        "heads",
-        "key_dim",
-        "text_rows",
-        "mqar_tokens",
-        "max_pairs",
-        "window",
-        "intermediate_size",
-        "max_entries",
-        "digits",
-    ):
+        "hidden_size", "num_layers", "heads", "key_dim", "text_rows", "mqar_tokens", "max_pairs", "window", "intermediate_size",
+        "max_entries", "digits",
+    ):  # fmt: skip
         parser.add_argument(f"--{field.replace('_', '-')}", type=int)
     for field in ("expand_v", "learning_rate"):
         parser.add_argument(f"--{field.replace('_', '-')}", type=float)

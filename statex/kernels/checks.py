@@ -21,8 +21,7 @@ def check_gla(
     check_device(
         q=q, k=k, v=v, log_decay=log_decay, mixing=mixing, lift_gamma=lift_gamma, spectrum=spectrum, initial_state=initial_state
     )
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay)):
-        _require(tensor.dim() == 4, f"{name} must be [B, T, H, D], got {_shape(tensor)}")
+    _expect_axes("[B, T, H, D]", q=q, k=k, v=v, log_decay=log_decay)
     batch, tokens, heads, key_dim = k.shape
     _require(tokens > 0, "there are no tokens: T = 0")
     query_heads, value_dim = q.shape[2], v.shape[-1]
@@ -54,18 +53,15 @@ def check_ssd(
 ) -> None:
     """Raises `ValueError` on inputs that `ssd` cannot mean."""
     check_device(x=x, dt=dt, A=A, B=B, C=C, D=D, lift_gamma=lift_gamma, spectrum=spectrum, initial_state=initial_state)
-    for name, tensor in (("x", x), ("B", B), ("C", C)):
-        _require(tensor.dim() == 4, f"{name} must be [B, T, H, D], got {_shape(tensor)}")
+    _expect_axes("[B, T, H, D]", x=x, B=B, C=C)
     batch, tokens, heads, head_dim = x.shape
     _require(tokens > 0, "there are no tokens: T = 0")
     groups, d_state = B.shape[2:]
     _expect("dt", dt, (batch, tokens, heads))
     _expect("A", A, (heads,))
-    _expect("B", B, (batch, tokens, groups, d_state))
-    _expect("C", C, (batch, tokens, groups, d_state))
+    _expect_each((batch, tokens, groups, d_state), B=B, C=C)
     _require(heads % groups == 0, f"{heads} heads cannot share {groups} groups of B and C: not a multiple")
-    if D is not None:
-        _expect("D", D, (heads,))
+    _expect_each((heads,), D=D)
     factor = _checked_factor(lift_gamma, "groups", groups, d_state)
     _check_spectrum(spectrum, (heads,))
     sequences = check_cu_seqlens(cu_seqlens, batch, tokens)
@@ -86,8 +82,7 @@ def check_delta(
 ) -> None:
     """Raises `ValueError` on inputs that `delta_rule` cannot mean."""
     check_device(q=q, k=k, v=v, beta=beta, log_decay=log_decay, initial_state=initial_state)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _require(tensor.dim() == 4, f"{name} must be [B, T, H, D], got {_shape(tensor)}")
+    _expect_axes("[B, T, H, D]", q=q, k=k, v=v)
     batch, tokens, heads, value_dim = v.shape
     _require(tokens > 0, "there are no tokens: T = 0")
     query_heads, (key_heads, key_dim) = q.shape[2], k.shape[2:]
@@ -132,17 +127,14 @@ def check_selective_scan(
 ) -> None:
     """Raises `ValueError` on inputs that `selective_scan` cannot mean."""
     check_device(x=x, dt=dt, A=A, B=B, C=C, D=D, lift_gamma=lift_gamma, spectrum=spectrum, initial_state=initial_state)
-    for name, tensor in (("x", x), ("B", B), ("C", C)):
-        _require(tensor.dim() == 3, f"{name} must be [B, T, D], got {_shape(tensor)}")
+    _expect_axes("[B, T, D]", x=x, B=B, C=C)
     batch, tokens, channels = x.shape
     _require(tokens > 0, "there are no tokens: T = 0")
     d_state = B.shape[-1]
     _expect("dt", dt, (batch, tokens, channels))
     _expect("A", A, (channels, d_state))
-    _expect("B", B, (batch, tokens, d_state))
-    _expect("C", C, (batch, tokens, d_state))
-    if D is not None:
-        _expect("D", D, (channels,))
+    _expect_each((batch, tokens, d_state), B=B, C=C)
+    _expect_each((channels,), D=D)
     factor = _checked_factor(lift_gamma, "group", 1, d_state)
     _check_spectrum(spectrum, (channels,))
     sequences = check_cu_seqlens(cu_seqlens, batch, tokens)
@@ -164,8 +156,7 @@ def check_gla_step(
 ) -> None:
     """Raises `ValueError` on one token's rows and states `[B, H, factor * K, V]` that do not fit together."""
     check_device(q=q, k=k, v=v, log_decay=log_decay, state=state, mixing=mixing, lift_gamma=lift_gamma, spectrum=spectrum)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _require(tensor.dim() == 3, f"{name} must be [B, H, D], got {_shape(tensor)}")
+    _expect_axes("[B, H, D]", q=q, k=k, v=v)
     batch, heads, key_dim = k.shape
     query_heads, value_dim = q.shape[1], v.shape[-1]
     _require(query_heads % heads == 0, f"{query_heads} query heads cannot share {heads} key heads: not a multiple")
@@ -174,8 +165,7 @@ def check_gla_step(
     _expect("log_decay", log_decay, (batch, heads, key_dim))
     if mixing is not None:
         _check_mixing(mixing, heads, key_dim, value_dim)
-    if spectrum is not None:
-        _expect("spectrum", spectrum, (heads, key_dim))
+    _expect_each((heads, key_dim), spectrum=spectrum)
     factor = _checked_factor(lift_gamma, "query heads", query_heads, key_dim)
     _expect("state", state, (batch, heads, factor * key_dim, value_dim))
 
@@ -193,18 +183,14 @@ def check_ssd_step(
 ) -> None:
     """Raises `ValueError` on one token's rows and states `[B, H, factor * N, P]` that do not fit together."""
     check_device(x=x, dt=dt, A=A, B=B, C=C, state=state, D=D, lift_gamma=lift_gamma, spectrum=spectrum)
-    for name, tensor in (("x", x), ("B", B), ("C", C)):
-        _require(tensor.dim() == 3, f"{name} must be [B, H, D], got {_shape(tensor)}")
+    _expect_axes("[B, H, D]", x=x, B=B, C=C)
     batch, heads, head_dim = x.shape
     groups, d_state = B.shape[1:]
     _expect("dt", dt, (batch, heads))
     _expect("A", A, (heads,))
-    _expect("B", B, (batch, groups, d_state))
-    _expect("C", C, (batch, groups, d_state))
+    _expect_each((batch, groups, d_state), B=B, C=C)
     _require(heads % groups == 0, f"{heads} heads cannot share {groups} groups of B and C: not a multiple")
-    for name, per_head in (("D", D), ("spectrum", spectrum)):
-        if per_head is not None:
-            _expect(name, per_head, (heads,))
+    _expect_each((heads,), D=D, spectrum=spectrum)
     factor = _checked_factor(lift_gamma, "groups", groups, d_state)
     _expect("state", state, (batch, heads, factor * d_state, head_dim))
 
@@ -212,17 +198,14 @@ def check_ssd_step(
 def check_delta_step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor) -> None:
     """Raises `ValueError` on one token's rows and states `[B, H, K, V]` that do not fit together."""
     check_device(q=q, k=k, v=v, beta=beta, log_decay=log_decay, state=state)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _require(tensor.dim() == 3, f"{name} must be [B, H, D], got {_shape(tensor)}")
+    _expect_axes("[B, H, D]", q=q, k=k, v=v)
     batch, heads, value_dim = v.shape
     query_heads, (key_heads, key_dim) = q.shape[1], k.shape[1:]
     _expect("q", q, (batch, query_heads, key_dim))
     _expect("k", k, (batch, key_heads, key_dim))
     _require(heads % key_heads == 0, f"{heads} value heads cannot share {key_heads} key heads: not a multiple")
     _require(key_heads % query_heads == 0, f"{key_heads} key heads cannot share {query_heads} query heads: not a multiple")
-    for name, per_head in (("beta", beta), ("log_decay", log_decay)):
-        if per_head is not None:
-            _expect(name, per_head, (batch, heads))
+    _expect_each((batch, heads), beta=beta, log_decay=log_decay)
     _expect("state", state, (batch, heads, key_dim, value_dim))
 
 
@@ -239,16 +222,12 @@ def check_selective_scan_step(
 ) -> None:
     """Raises `ValueError` on one token's rows and states `[B, 1, factor * N, I]` that do not fit together."""
     check_device(x=x, dt=dt, A=A, B=B, C=C, state=state, D=D, lift_gamma=lift_gamma, spectrum=spectrum)
-    for name, tensor in (("x", x), ("B", B)):
-        _require(tensor.dim() == 2, f"{name} must be [B, D], got {_shape(tensor)}")
+    _expect_axes("[B, D]", x=x, B=B)
     (batch, channels), d_state = x.shape, B.shape[1]
     _expect("dt", dt, (batch, channels))
     _expect("A", A, (channels, d_state))
-    _expect("B", B, (batch, d_state))
-    _expect("C", C, (batch, d_state))
-    for name, per_channel in (("D", D), ("spectrum", spectrum)):
-        if per_channel is not None:
-            _expect(name, per_channel, (channels,))
+    _expect_each((batch, d_state), B=B, C=C)
+    _expect_each((channels,), D=D, spectrum=spectrum)
     factor = _checked_factor(lift_gamma, "group", 1, d_state)
     _expect("state", state, (batch, 1, factor * d_state, channels))
 
@@ -277,8 +256,7 @@ def check_convolution(x: Tensor, taps: Tensor, bias: Tensor | None, since_start:
     _require(x.dim() == 3, f"x must be [B, T, channels], got {_shape(x)}")
     _, tokens, channels = x.shape
     _require(taps.dim() == 2 and len(taps) == channels, f"taps must be [{channels}, width], got {_shape(taps)}")
-    if bias is not None:
-        _expect("bias", bias, (channels,))
+    _expect_each((channels,), bias=bias)
     if since_start is not None:
         _expect("since_start", since_start, (tokens,))
 
@@ -347,6 +325,19 @@ def _readable(tensor: Tensor) -> bool:
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     _require(tuple(tensor.shape) == shape, f"{name} must be {list(shape)}, got {_shape(tensor)}")
+
+
+def _expect_each(shape: tuple[int, ...], **tensors: Tensor | None) -> None:
+    """Each that is given has this shape."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            _expect(name, tensor, shape)
+
+
+def _expect_axes(axes: str, **tensors: Tensor) -> None:
+    """Each has as many dimensions as `axes`, for example `[B, T, D]`, names."""
+    for name, tensor in tensors.items():
+        _require(tensor.dim() == axes.count(",") + 1, f"{name} must be {axes}, got {_shape(tensor)}")
 
 
 def _shape(tensor: Tensor) -> list[int]:

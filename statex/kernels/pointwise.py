@@ -124,6 +124,7 @@ def short_convolution(
     return _activated(mixed, name)
 
 
+@torch.no_grad()
 def short_convolution_step(x: Tensor, state: Tensor, taps: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
     """One token of `short_convolution`. No gradients.
 

@@ -34,7 +34,12 @@ def next_token_loss(
         labels: `[B, T]`, shifted here; -100 where no loss is wanted.
         vocab_size: logits per token.
         divisor: of the summed loss; None: the number of labels.
+
+    Raises:
+        ValueError: not one label a token.
     """
+    if labels.shape != hidden_states.shape[:2]:  # the kernel would read other memory
+        raise ValueError(f"labels must be {list(hidden_states.shape[:2])}, one a token, got {list(labels.shape)}")
     # The last position's label is taken from nowhere, so that all pieces have hidden states of one shape.
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten().to(hidden_states.device)
     rows = hidden_states.flatten(0, 1)

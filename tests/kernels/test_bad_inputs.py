@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from statex.kernels import delta_rule, delta_rule_step, gla, gla_step, hgrn, selective_scan, selective_scan_step, ssd, ssd_step
-from statex.kernels.pointwise import gated_product, norm, short_convolution
+from statex.kernels.pointwise import gated_product, norm, short_convolution, short_convolution_step
 from tests.kernels.delta_inputs import delta_inputs
 from tests.kernels.inputs import gla_inputs, ssd_inputs
 from tests.kernels.test_scans import hgrn_inputs, scan_inputs
@@ -58,6 +58,10 @@ CALLS: dict[str, Call] = {
             "x": torch.zeros(2, 5, 6), "taps": torch.zeros(6, 4), "bias": torch.zeros(6),
             "since_start": torch.arange(5),
         },
+    ),
+    "short convolution step": (
+        short_convolution_step,
+        lambda: {"x": torch.zeros(2, 6), "state": torch.zeros(2, 6, 3), "taps": torch.zeros(6, 4), "bias": torch.zeros(6)},
     ),
 }  # fmt: skip
 
@@ -111,6 +115,11 @@ FITTING: list[tuple[str, dict[str, Any], str]] = [
     ("short convolution", {"taps": torch.zeros(4, 6)}, r"taps must be \[6, width\], got \[4, 6\]"),
     ("short convolution", {"bias": torch.zeros(1)}, r"bias must be \[6\]"),
     ("short convolution", {"since_start": torch.arange(2)}, r"since_start must be \[5\]"),
+    ("short convolution step", {"x": torch.zeros(2, 1, 6)}, r"x must be \[B, channels\], got \[2, 1, 6\]"),
+    ("short convolution step", {"taps": torch.zeros(4, 6)}, r"taps must be \[6, width\], got \[4, 6\]"),
+    ("short convolution step", {"bias": torch.zeros(1)}, r"bias must be \[6\]"),
+    ("short convolution step", {"state": torch.zeros(2, 6, 4)}, r"state must be \[2, 6, 3\], got \[2, 6, 4\]"),
+    ("short convolution step", {"state": torch.zeros(2, 6, 3).half()}, "state is torch.float16 and x torch.float32"),
 ]
 
 

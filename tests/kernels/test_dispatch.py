@@ -33,8 +33,17 @@ def first_result(name: str, device: str) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations that choose their kernels by device take Triton's on any."""
+    monkeypatch.setattr(pointwise, "_kernels", lambda *_, module="pointwise": triton_backend.MODULES[module])
+    for where in ("statex.kernels.step", "statex.kernels.triton_backend"):
+        monkeypatch.setattr(f"{where}.step_kernel", lambda _, name="step": triton_backend.MODULES[name])
+
+
 @ON_CPU
 @pytest.mark.parametrize("name", CALLS)
+@pytest.mark.usefixtures("fused")
 def test_a_call_makes_the_device_of_its_tensors_current(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[torch.device] = []
 
@@ -44,9 +53,6 @@ def test_a_call_makes_the_device_of_its_tensors_current(name: str, monkeypatch: 
         yield
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    monkeypatch.setattr(pointwise, "_kernels", lambda *_, module="pointwise": triton_backend.MODULES[module])
-    for where in ("statex.kernels.step", "statex.kernels.triton_backend"):
-        monkeypatch.setattr(f"{where}.step_kernel", lambda _, name="step": triton_backend.MODULES[name])
     first_result(name, "cpu")
     assert asked == [torch.device("cpu")]
 
@@ -117,7 +123,9 @@ def test_rows_and_taps_beyond_what_the_kernels_hold_take_the_pytorch_form(monkey
         pointwise.short_convolution(torch.randn(1, 5, 3), taps[:, 1:], None)
 
 
-def test_a_batch_beyond_one_grid_is_refused_before_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [name for name in CALLS if name.endswith("step") or name == "short convolution"])
+@pytest.mark.usefixtures("fused")
+def test_a_batch_beyond_one_grid_is_refused_before_a_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "PROGRAMS", 1)
     with pytest.raises(ValueError, match="split the batch"):
-        convolution.short_convolution(torch.randn(2, 3, 4), torch.randn(4, 2), None, None, "silu")
+        first_result(name, "cpu")

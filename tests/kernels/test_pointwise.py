@@ -221,13 +221,6 @@ def test_a_convolution_token_by_token_equals_all_at_once(kind: str, form: str, r
     assert ("convolution" in asked) == (form == "fused")
 
 
-def test_a_convolutions_step_refuses_a_state_of_other_shape_or_dtype() -> None:
-    x, taps = torch.randn(2, 10), torch.randn(10, 4)
-    for state, told in ((torch.zeros(2, 10, 4), "state must be"), (torch.zeros(2, 10, 3).half(), "state is torch.float16")):
-        with pytest.raises(ValueError, match=told):
-            pointwise.short_convolution_step(x, state, taps, None)
-
-
 def test_slices_of_wider_rows_are_taken_as_they_are(fused: list[str]) -> None:
     wide = torch.randn(2, 9, 40, device=DEVICE)
     x, gate = wide[..., :16], wide[..., 20:36]

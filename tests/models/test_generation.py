@@ -215,7 +215,19 @@ def test_gradient_checkpointing_leaves_no_hook_that_a_graph_would_miss() -> None
     model = build("gla")
     model.gradient_checkpointing_enable()
     assert not is_hooked(model)
-    handle = model.lm_head.register_forward_pre_hook(lambda module, inputs: None)
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_any_other_hook_is_seen_until_it_is_removed(register: str) -> None:
+    model = build("gla")
+    model.gradient_checkpointing_enable()
+    handle = getattr(model.lm_head, register)(lambda *_: None)
     assert is_hooked(model)
     handle.remove()
     assert not is_hooked(model)
+
+
+def test_a_module_that_accelerate_offloads_counts_as_hooked() -> None:
+    model = build("gla")
+    model.lm_head._hf_hook = object()
+    assert is_hooked(model)

@@ -222,6 +222,15 @@ def test_no_label_gives_no_loss_and_no_gradient(form: str, request: pytest.Fixtu
     assert not any(x.any() for x in results.values())
 
 
+@pytest.mark.parametrize("form", ["fused", "never_fused"])
+def test_labels_of_another_shape_than_the_tokens_are_refused(form: str, request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue(form)
+    head, hidden, labels = inputs()
+    for wrong in (labels[:, 1:], labels[:1], labels.flatten()):
+        with pytest.raises(ValueError, match=r"labels must be \[2, 11\], one a token, got"):
+            next_token_loss(head, hidden, wrong, VOCABULARY, None)
+
+
 @pytest.mark.parametrize("label", [-1, VOCABULARY, (1 << 32) + 1])
 @pytest.mark.usefixtures("fused")
 def test_a_label_outside_the_vocabulary_makes_the_loss_nan(label: int) -> None:
@@ -289,6 +298,35 @@ def test_heads_that_do_more_than_a_product_are_called(kind: str) -> None:
     states = hidden.detach().to(next(head.parameters()).dtype)
     expected = F.cross_entropy(head(states)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(next_token_loss(head, states, labels, VOCABULARY, None), expected.to(torch.float32))
+
+
+class Packed(nn.Parameter):
+    """A weight whose product is not that of its numbers, as quantised and distributed ones are."""
+
+
+def set_weight(head: nn.Linear, weight: nn.Parameter) -> None:
+    head.weight = weight
+
+
+SPECIAL: dict[str, Callable[[nn.Linear], object]] = {
+    "hook": lambda head: head.register_forward_hook(lambda *_: None),
+    "hook in front": lambda head: head.register_forward_pre_hook(lambda *_: None),
+    "hook on gradients": lambda head: head.register_full_backward_hook(lambda *_: None),
+    "hook in front of gradients": lambda head: head.register_full_backward_pre_hook(lambda *_: None),
+    "dtype that the rows do not have": lambda head: head.to(torch.bfloat16),
+    "device that the rows are not on": lambda head: head.to("meta"),
+    "weight of a kind of its own": lambda head: set_weight(head, Packed(head.weight.detach())),
+    "part of a weight": lambda head: set_weight(head, nn.Parameter(head.weight.detach()[:5])),
+}
+
+
+@pytest.mark.parametrize("what", SPECIAL)
+def test_the_kernel_is_not_for_heads_with_a(what: str) -> None:
+    head, hidden, _ = inputs()
+    rows = hidden.flatten(0, 1)
+    assert loss._is_plain(head, rows)
+    SPECIAL[what](head)
+    assert not loss._is_plain(head, rows)
 
 
 def test_the_kernel_is_taken_on_cuda_devices_where_triton_is(monkeypatch: pytest.MonkeyPatch) -> None:

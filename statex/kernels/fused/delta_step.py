@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .blocks import INTERPRETED
-from .layout import on_own_device
+from .layout import on_own_device, require_grid
 from .step import PROGRAMS, can_start_early, fetch
 
 HELD = 1 << 15
@@ -82,6 +82,7 @@ def delta_rule_step(
 @on_own_device
 def delta_step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor, *, scale: float) -> Tensor:
     """See `statex.kernels.delta_rule_step`."""
+    require_grid(v.shape[0])
     q, k, v, beta = (x.contiguous() for x in (q, k, v, beta))
     decay = beta if log_decay is None else log_decay.contiguous()
     out = torch.empty_like(v)

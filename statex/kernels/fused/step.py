@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..lift import FLOOR, channel_mixing
 from .blocks import INTERPRETED, constant
-from .layout import on_own_device
+from .layout import on_own_device, require_grid
 from .rows import back
 
 PROGRAMS = 200
@@ -212,6 +212,7 @@ def _launch(
     q, k, v, decay = (x.contiguous() for x in (q, k, v, decay))
     gamma = None if gamma is None else gamma.float().contiguous()
     batch, heads, rows, value_dim = state.shape
+    require_grid(batch)
     key_dim, parts = k.shape[-1], 1 if mixing is None else mixing.shape[-1]
     tile = tile_of(parts * batch * heads, rows, value_dim // parts, lifted=rows > key_dim)
     early = tile.early and can_start_early(state.device)
