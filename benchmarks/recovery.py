@@ -312,6 +312,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.command is None and not (args.table or args.dry_run):
         parser.error("name a command, or --table")
+    if args.key_value_tokens < 0 or args.digits < 1:
+        parser.error("--key-value-tokens is at least 0, --digits at least 1")
     return args
 
 

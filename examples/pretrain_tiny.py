@@ -383,6 +383,13 @@ def main() -> None:
     for field in ("expand_v", "learning_rate"):
         parser.add_argument(f"--{field.replace('_', '-')}", type=float)
     args = parser.parse_args()
+    for name, value in vars(args).items():
+        least = 0 if name in ("seed", "key_value_tokens") else 1
+        if isinstance(value, int) and value < least:
+            parser.error(f"--{name.replace('_', '-')} is at least {least}, not {value}")
+    # Asked before hours of training, not when their result is to be written.
+    if (kept := args.out / "checkpoint").exists() and not (kept / "config.json").is_file():
+        parser.error(f"{kept} exists and is no checkpoint, so it would not be replaced; choose another --out")
     preset = PRESETS[args.preset]
     changed = {name: value for name in Preset.__dataclass_fields__ if (value := getattr(args, name, None)) is not None}
     train(args, replace(preset, **changed))

@@ -181,3 +181,39 @@ def test_a_run_reads_them_behind_what_it_reads_anyway_and_is_measured_on_them(tm
     shares = [f"{kind}_{n}" for n in counts for kind in ("exact", "first", "digits")]
     assert [metric for metric, _ in told] == [*shares, "capacity_50", "capacity_90"]
     assert not np.isnan([value for _, value in told]).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--digits", "0"], "--digits is at least 1"),
+        (["--max-entries", "0"], "--max-entries is at least 1"),
+        (["--key-value-tokens", "-5"], "--key-value-tokens is at least 0"),
+        (["--data", "missing.jsonl.gz"], "missing.jsonl.gz does not exist"),
+        ([], "is no checkpoint"),
+    ],
+)
+def test_pretraining_refuses_before_it_trains(
+    options: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import pretrain_tiny
+
+    (tmp_path / "checkpoint").mkdir()
+    arguments = ["pretrain_tiny.py", "--preset", "gla", "--data", __file__, "--test", __file__, "--out", str(tmp_path), *options]
+    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr(pretrain_tiny, "train", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(SystemExit):
+        pretrain_tiny.main()
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--digits", "0"], ["--key-value-tokens", "-1"]])
+def test_recovery_refuses_key_value_text_that_cannot_be(
+    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import recovery
+
+    monkeypatch.setattr("sys.argv", ["recovery.py", "screen", *options])
+    with pytest.raises(SystemExit):
+        recovery.parse()
+    assert "--digits at least 1" in capsys.readouterr().err
