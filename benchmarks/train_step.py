@@ -2,8 +2,10 @@
 
     python benchmarks/train_step.py --out benchmarks/results/train_step-h100.csv
 
-Plans: `base` as released; `paper` the plan of StateX for the family; `all` (GLA) every layer expanded ×4. `fla`: the `base` and
-`all` shapes in flash-linear-attention's own model (GLA only, and only where it can be imported). A step is forward, loss, backward
+Plans: `base` as released; `paper` the layers that StateX expands in the family; GLA besides: `all` every layer merged ×4, all
+merged layers so far with the mixing matrix that keeps the function; `unmixed` every layer merged without one, as the paper draws
+them anew. `fla`: `base`, and `all`, which it computes unmixed, in flash-linear-attention's own model (GLA only, and only where it
+can be imported). A step is forward, loss, backward
 and AdamW on one row of T tokens, float32 weights under bfloat16 autocast, with gradient checkpointing. Generation: tokens a
 second of greedy decoding from a short prompt, bfloat16 weights (decay parameters float32). Rows that the table holds already
 are skipped; each (model, plan, T) runs in a process of its own.
@@ -44,7 +46,7 @@ EXPANSION = 4
 PAPER_LAYERS = {"gla": 6, "mamba2": 1}
 """StateX expands every so many layers."""
 
-PLANS = {"gla": ("base", "paper", "all"), "mamba2": ("base", "paper")}
+PLANS = {"gla": ("base", "paper", "all", "unmixed"), "mamba2": ("base", "paper")}
 """In Mamba-2 the paper's plan is all layers."""
 LENGTHS = (65_536, 32_768, 16_384, 8_192, 0)
 """Tokens in a row; 0: generation."""
@@ -70,7 +72,7 @@ def jobs(families: list[str], impls: list[str], lengths: list[int]) -> Iterator[
             for plan in PLANS[family]:
                 if "statex" in impls:
                     yield Job(family, "statex", plan, tokens)
-                if "fla" in impls and family == "gla" and plan != "paper" and tokens:
+                if "fla" in impls and family == "gla" and plan in ("base", "all") and tokens:
                     yield Job(family, "fla", plan, tokens)
 
 
@@ -81,18 +83,20 @@ def description(family: str, plan: str, shrink: int) -> Any:
     config = dict(CONFIGS[family])
     config["num_hidden_layers"] = max(2, config["num_hidden_layers"] // shrink)
     model = get_family(family).describe(config, {})
-    every = {"base": 0, "paper": PAPER_LAYERS[family], "all": 1}[plan]
-    return replace(model, layers=tuple(expanded(family, x) if every and i % every == 0 else x for i, x in enumerate(model.layers)))
+    every = {"base": 0, "paper": PAPER_LAYERS[family], "all": 1, "unmixed": 1}[plan]
+    mixing = None if plan == "unmixed" else "channel"
+    layers = (expanded(family, x, mixing) if every and i % every == 0 else x for i, x in enumerate(model.layers))
+    return replace(model, layers=tuple(layers))
 
 
-def expanded(family: str, layer: Any) -> Any:
-    """GLA: all heads merged into one with a mixing matrix per channel. Mamba-2: four times the d_state."""
+def expanded(family: str, layer: Any, mixing: str | None) -> Any:
+    """GLA: all heads merged into one. Mamba-2: four times the d_state."""
     if family == "mamba2":
         return layer.replace(key_dim=EXPANSION * layer.key_dim)
     heads = layer.key_heads
     return layer.replace(
-        query_heads=1, key_heads=1, value_heads=1, key_dim=layer.key_dim * heads, value_dim=layer.value_dim * heads, blocks=heads,
-        mixing="channel",
+        query_heads=1, key_heads=1, value_heads=1, key_dim=layer.key_dim * heads, value_dim=layer.value_dim * heads,
+        blocks=heads if mixing else 1, mixing=mixing, norm_groups=layer.norm_groups if mixing else 1,
     )  # fmt: skip
 
 

@@ -244,10 +244,24 @@ def check_norm(x: Tensor, weight: Tensor | None, gate: Tensor | None, groups: in
         _expect("gate", gate, tuple(x.shape))
 
 
+def check_residual_norm(x: Tensor, update: Tensor | None, weight: Tensor) -> None:
+    """Raises `ValueError` on inputs that `pointwise.residual_norm` cannot mean."""
+    check_device(x=x, update=update, weight=weight)
+    _expect("weight", weight, (x.shape[-1],))
+    if update is not None:
+        _expect("update", update, tuple(x.shape))
+
+
 def check_gated_product(gate: Tensor, up: Tensor) -> None:
     """Raises `ValueError` on inputs that `pointwise.gated_product` cannot mean."""
     check_device(gate=gate, up=up)
     _expect("gate", gate, tuple(up.shape))
+
+
+def check_time_steps(x: Tensor, bias: Tensor) -> None:
+    """Raises `ValueError` on inputs that `pointwise.time_steps` cannot mean."""
+    check_device(x=x, bias=bias)
+    _expect("bias", bias, (x.shape[-1],))
 
 
 def check_convolution(x: Tensor, taps: Tensor, bias: Tensor | None, since_start: Tensor | None) -> None:
@@ -268,6 +282,16 @@ def check_convolution_step(x: Tensor, state: Tensor, taps: Tensor, bias: Tensor 
     check_device(x=x, state=state)
     _expect("state", state, (*x.shape, taps.shape[1] - 1))
     _require(state.dtype == x.dtype, f"state is {state.dtype} and x {x.dtype}: the tokens it holds are of one dtype")
+
+
+def check_low_rank(x: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> None:
+    """Raises `ValueError` on inputs that `pointwise.low_rank_log_decay` cannot mean."""
+    check_device(x=x, down=down, up=up, bias=bias)
+    hidden = x.shape[-1]
+    _require(down.dim() == 2 and down.shape[1] == hidden, f"down must be [rank, {hidden}], got {_shape(down)}")
+    rank = len(down)
+    _require(up.dim() == 2 and up.shape[1] == rank, f"up must be [channels, {rank}], got {_shape(up)}")
+    _expect("bias", bias, (len(up),))
 
 
 def check_device(**tensors: Tensor | None) -> None:

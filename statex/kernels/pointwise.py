@@ -7,6 +7,7 @@ bfloat16 and float16, whatever backend the recurrence takes.
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 import torch
@@ -15,7 +16,15 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from . import triton_backend
-from .checks import check_convolution, check_convolution_step, check_gated_product, check_norm
+from .checks import (
+    check_convolution,
+    check_convolution_step,
+    check_gated_product,
+    check_low_rank,
+    check_norm,
+    check_residual_norm,
+    check_time_steps,
+)
 
 ALIASES = {None: "identity", "swish": "silu"}
 """Names by which the kernels know an activation that has several."""
@@ -70,6 +79,35 @@ def norm(
     return rows.to(dtype)
 
 
+def residual_norm(
+    x: Tensor, update: Tensor | None, weight: Tensor, *, eps: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """What a pre-norm block does between two of its parts: x + update, and the weighted RMS norm of that sum.
+
+    Both come from one pass over memory on a GPU, and so do both gradients of x, by the norm and past it.
+
+    Args:
+        x: `[..., channels]`, the residual stream.
+        update: like x, in any dtype, what the part before adds; None: x is normed, and returned, as it is.
+        weight: `[channels]`.
+        dtype: of the norm; by default x's.
+
+    Returns:
+        the sum, in the wider dtype of both, and its norm.
+
+    Raises:
+        ValueError: shapes or devices that disagree.
+    """
+    check_residual_norm(x, update, weight)
+    dtype = x.dtype if dtype is None else dtype
+    kernels = _kernels("identity", x, update, weight)
+    if kernels is not None and x.shape[-1] <= kernels.LONGEST_ROW:
+        both: tuple[Tensor, Tensor] = kernels.residual_norm(x, update, weight, eps=eps, dtype=dtype)
+        return both
+    total = x if update is None else x + update
+    return total, norm(total, weight, eps=eps, dtype=dtype)
+
+
 def gated_product(gate: Tensor, up: Tensor, activation: str | None) -> Tensor:
     """act(gate) · up, both `[..., channels]`; the heart of a gated MLP (arXiv 2002.05202). Computed as `norm` is, in up's dtype.
 
@@ -83,6 +121,28 @@ def gated_product(gate: Tensor, up: Tensor, activation: str | None) -> Tensor:
         return product
     wide = torch.promote_types(up.dtype, torch.float32)
     return (_activated(gate.to(wide), name) * up.to(wide)).to(up.dtype)
+
+
+def time_steps(x: Tensor, bias: Tensor, low: float = 0.0, high: float | None = None) -> Tensor:
+    """softplus(x + bias) within [low, high], how Mamba-2 and Gated DeltaNet make the step of a token (arXiv 2405.21060).
+
+    Args:
+        x: `[..., heads]`.
+        bias: `[heads]`.
+        high: None: no bound.
+
+    Returns:
+        like x, in float32 or x's higher precision.
+
+    Raises:
+        ValueError: shapes or devices that disagree.
+    """
+    check_time_steps(x, bias)
+    if (kernels := _kernels("identity", x, bias)) is not None:
+        steps: Tensor = kernels.time_steps(x, bias, low, math.inf if high is None else high)
+        return steps
+    steps = F.softplus(x.to(torch.promote_types(x.dtype, torch.float32)) + bias)
+    return steps if low <= 0 and high is None else steps.clamp(low, high)
 
 
 def short_convolution(
@@ -103,12 +163,24 @@ def short_convolution(
     Raises:
         ValueError: shapes or devices that disagree.
     """
+    return short_convolution_parts(x, taps, bias, (x.shape[-1],), since_start, activation)[0]
+
+
+def short_convolution_parts(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    sizes: tuple[int, ...],
+    since_start: Tensor | None = None,
+    activation: str | None = None,
+) -> tuple[Tensor, ...]:
+    """`short_convolution` cut into parts of so many channels, which nothing has to join again in the backward pass on a GPU."""
     check_convolution(x, taps, bias, since_start)
     name = ALIASES.get(activation, activation)
     width, tokens = taps.shape[1], x.shape[1]
     kernels = _kernels(name, x, taps, bias, module="convolution")
     if kernels is not None and width <= kernels.MOST_TAPS:
-        convolved: Tensor = kernels.short_convolution(x, taps, bias, since_start, name)
+        convolved: tuple[Tensor, ...] = kernels.short_convolution(x, taps, bias, since_start, name, sizes)
         return convolved
     # A product and a sum a tap: for a few taps faster than a depthwise Conv1d, which wants channels first.
     inputs = F.pad(x, (0, 0, width - 1, 0))
@@ -121,7 +193,7 @@ def short_convolution(
         if since_start is not None:
             delayed = delayed.masked_fill((since_start < lag)[:, None], 0)
         mixed = torch.addcmul(mixed, delayed, taps[width - 1 - lag])
-    return _activated(mixed, name)
+    return _activated(mixed, name).split(sizes, -1)
 
 
 @torch.no_grad()
@@ -149,6 +221,43 @@ def short_convolution_step(x: Tensor, state: Tensor, taps: Tensor, bias: Tensor 
     state.copy_(inputs[..., 1:])
     mixed = (inputs * taps.to(x.dtype)).sum(-1)
     return _activated(mixed if bias is None else mixed + bias.to(x.dtype), name)
+
+
+def low_rank_log_decay(
+    x: Tensor, down: Tensor, up: Tensor, bias: Tensor, *, normalizer: float, least: float | None = None
+) -> Tensor:
+    """Log-decays logsigmoid(up · (down · x) + bias) / normalizer in nats, as in gated linear attention (arXiv 2312.06635).
+
+    Computed in float32 or x's higher precision, whatever autocast says: x is not rounded, nor are the weights.
+
+    Args:
+        x: `[..., hidden]`.
+        down: `[rank, hidden]`.
+        up: `[channels, rank]`.
+        bias: `[channels]`.
+        least: bound below which no log-decay falls; None: there is none.
+
+    Returns:
+        `[..., channels]`, float32 or x's higher precision.
+
+    Raises:
+        ValueError: shapes or devices that disagree.
+    """
+    check_low_rank(x, down, up, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        kernels = _kernels("identity", x, down, up, bias, module="decay_gate")
+        if kernels is not None and len(down) <= kernels.MOST_RANK:
+            decays: Tensor = kernels.low_rank_log_decay(x, down, up, bias, normalizer=normalizer, least=least)
+            return decays
+        wide = torch.promote_types(x.dtype, torch.float32)
+        inner = F.linear(x.to(wide), down.to(wide))
+        return log_decay(F.linear(inner, up.to(wide), bias.to(wide)), normalizer=normalizer, least=least)
+
+
+def log_decay(gates: Tensor, *, normalizer: float, least: float | None = None) -> Tensor:
+    """logsigmoid(gates) / normalizer, at least `least`: the last steps of `low_rank_log_decay`."""
+    decays = F.logsigmoid(gates) / normalizer
+    return decays if least is None else decays.clamp_min(least)
 
 
 def _kernels(activation: str | None, *tensors: Tensor | None, module: str = "pointwise") -> ModuleType | None:

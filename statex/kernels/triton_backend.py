@@ -11,7 +11,7 @@ from torch import Tensor
 
 MODULES: dict[str, ModuleType] = {}
 """`gla`, `ssd`, `selective_scan`, `delta` and `hgrn` of the backend, `step`, `delta_step` and `scan_step` for one token,
-`pointwise` and `convolution` for what surrounds them, `linear_loss` for head and loss; empty without Triton."""
+`pointwise`, `convolution` and `decay_gate` for what surrounds them, `linear_loss` for head and loss; empty without Triton."""
 
 INTERPRETED = False
 """Triton's interpreter is on: the kernels run on a CPU, slowly, for tests."""
@@ -23,6 +23,7 @@ try:
     from .fused import (
         blocks,
         convolution,
+        decay_gate,
         delta,
         delta_step,
         gla,
@@ -38,7 +39,7 @@ try:
 
     MODULES |= {"gla": gla, "ssd": ssd, "selective_scan": selective_scan, "delta": delta, "hgrn": hgrn}
     MODULES |= {"step": step, "delta_step": delta_step, "scan_step": scan_step}
-    MODULES |= {"pointwise": pointwise, "convolution": convolution, "linear_loss": linear_loss}
+    MODULES |= {"pointwise": pointwise, "convolution": convolution, "decay_gate": decay_gate, "linear_loss": linear_loss}
     INTERPRETED, NEEDED = blocks.INTERPRETED, layout.SHARED_MEMORY
 except ImportError:
     pass

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..families.description import LayerDescription, ModelDescription
-from ..kernels.pointwise import gated_product, norm, short_convolution, short_convolution_step
+from ..kernels.pointwise import gated_product, norm, residual_norm, short_convolution_parts, short_convolution_step
 from .cache import LayerState, detached_tail
 
 
@@ -90,9 +90,19 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        return norm(x, self.weight, eps=self.eps, dtype=self._dtype(x))
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        return norm(x, self.weight, eps=self.eps, dtype=dtype)
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+
+
+class ResidualRMSNorm(RMSNorm):
+    """The norm in front of a part of a block, which also adds what the part before it gave to the residual stream."""
+
+    def forward(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """x + update, or x itself, and the norm of that."""
+        return residual_norm(x, update, self.weight, eps=self.eps, dtype=self._dtype(x))
 
 
 class GroupedRMSNorm(nn.Module):
@@ -151,21 +161,34 @@ class ShortConvolution(nn.Module):
         """Number of taps."""
         return self.weight.shape[-1]
 
-    def forward(self, x: Tensor, layout: TokenLayout, state: LayerState | None = None, name: str = "conv") -> Tensor:
-        """`[B, T, C] -> [B, T, C]`. Padded positions of `x` count as zeros. Reads `state.conv[name]` and moves it on."""
+    def forward(
+        self,
+        x: Tensor,
+        layout: TokenLayout,
+        state: LayerState | None = None,
+        name: str = "conv",
+        sizes: tuple[int, ...] | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """`[B, T, C] -> [B, T, C]`, or cut into parts of `sizes` channels. Padded positions of `x` count as zeros.
+
+        Reads `state.conv[name]` and moves it on.
+        """
         x = layout.zero_padding(x)
         activation, taps = "silu" if self.activate else None, self.weight[:, 0]
         past = None if state is None else state.conv.get(name)
         # The step writes into the state, which autograd could not undo.
         if past is not None and x.shape[1] == 1 and past.dtype == x.dtype and not torch.is_grad_enabled():
-            return short_convolution_step(x[:, 0], past, taps, self.bias, activation)[:, None]
+            token = short_convolution_step(x[:, 0], past, taps, self.bias, activation)[:, None]
+            return token if sizes is None else token.split(sizes, -1)
         history, since_start = self.width - 1, layout.since_start(x.shape[1], x.device)
         inputs = x if past is None else torch.cat([past.transpose(1, 2).to(x.dtype), x], dim=1)
         if state is not None:
             recent = F.pad(inputs, (0, 0, max(0, history - inputs.shape[1]), 0))
             state.conv[name] = detached_tail(recent.transpose(1, 2), history)
-        mixed = short_convolution(inputs, taps, self.bias, since_start, activation)
-        return mixed if past is None else mixed[:, history:]
+        parts = short_convolution_parts(inputs, taps, self.bias, sizes or (len(taps),), since_start, activation)
+        if past is not None:
+            parts = tuple(part[:, history:] for part in parts)
+        return parts[0] if sizes is None else parts
 
 
 class GatedMLP(nn.Module):

@@ -9,6 +9,7 @@ from transformers import initialization as init
 
 from ..families.description import LayerDescription, ModelDescription
 from ..kernels import delta_rule, delta_rule_step, lift
+from ..kernels.pointwise import time_steps
 from .cache import LayerState
 from .components import GroupedRMSNorm, Mixer, ShortConvolution, TokenLayout
 
@@ -183,7 +184,7 @@ class GatedDeltaNetMixer(DeltaNetMixer):
         init.copy_(self.dt_bias, steps + torch.log(-torch.expm1(-steps)))
 
     def _log_decay(self, x: Tensor) -> Tensor:
-        return -self.A_log.exp() * F.softplus(self.a_proj(_wide(x)) + self.dt_bias)
+        return -self.A_log.exp() * time_steps(self.a_proj(_wide(x)), self.dt_bias)
 
 
 def _wide(x: Tensor) -> Tensor:

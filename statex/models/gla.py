@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from ..families.description import LayerDescription, ModelDescription
 from ..kernels import gla, gla_step
+from ..kernels.pointwise import log_decay, low_rank_log_decay
 from .cache import LayerState
 from .components import GroupedRMSNorm, Mixer, ShortConvolution, TokenLayout, spectrum
+from .loss import plain_layers
 
 CONVOLVED = ("q", "k", "v")
 
@@ -95,9 +96,13 @@ class GLAMixer(Mixer):
         return self.o_proj(self.g_norm(o.flatten(-2), None if self.g_proj is None else self.g_proj(x)))
 
     def _log_decay(self, x: Tensor) -> Tensor:
-        gates = self.gk_proj(x.to(torch.promote_types(x.dtype, torch.float32)))
-        log_decay = F.logsigmoid(gates) / self.gate_logit_normalizer
-        return log_decay if self.clamp_min is None else log_decay.clamp_min(self.clamp_min)
+        bounds = {"normalizer": self.gate_logit_normalizer, "least": self.clamp_min}
+        layers = [] if torch.compiler.is_compiling() else plain_layers(self.gk_proj)
+        if layers:
+            down, up = layers
+            return low_rank_log_decay(x, down.weight, up.weight, up.bias, **bounds)
+        # What adapters, quantisers and trainers hang there sees its calls. What is compiled is fused by the compiler.
+        return log_decay(self.gk_proj(x.to(torch.promote_types(x.dtype, torch.float32))), **bounds)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, layout: TokenLayout, state: LayerState | None) -> Tensor:
         reach = spectrum(self.layer, self.spectrum_rho, self.layer.key_heads, self.layer.key_dim, device=q.device)

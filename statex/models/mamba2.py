@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..families.description import LayerDescription, ModelDescription
 from ..kernels import ssd, ssd_step
+from ..kernels.pointwise import time_steps
 from .cache import LayerState
 from .components import GroupedRMSNorm, Mixer, ShortConvolution, TokenLayout, spectrum
 
@@ -61,19 +61,14 @@ class Mamba2Mixer(Mixer):
         layer = self.layer
         z, xBC, dt = self.in_proj(x).split(self.splits, dim=-1)
         keys = layer.key_heads * layer.key_dim
-        values, B, C = self.conv1d(xBC, layout, state).split((self.splits[0], keys, keys), dim=-1)
+        values, B, C = self.conv1d(xBC, layout, state, sizes=(self.splits[0], keys, keys))
         values = values.unflatten(-1, (layer.value_heads, layer.value_dim))
         B, C = (channels.unflatten(-1, (layer.key_heads, layer.key_dim)) for channels in (B, C))
         with torch.autocast(x.device.type, enabled=False):
             # A padded token takes a time step of 0: the state neither decays nor grows.
-            dt = layout.zero_padding(self._time_steps(dt))
+            dt = layout.zero_padding(time_steps(dt, self.dt_bias, *self.time_step_limit))
             y = self._scan(values, dt, B, C, layout, state)
         return self.out_proj(self.norm(y.flatten(-2), z))
-
-    def _time_steps(self, dt: Tensor) -> Tensor:
-        steps = F.softplus(dt.to(torch.promote_types(dt.dtype, torch.float32)) + self.dt_bias)
-        low, high = self.time_step_limit
-        return steps if low <= 0 and high is None else steps.clamp(low, high)
 
     def _scan(self, values: Tensor, dt: Tensor, B: Tensor, C: Tensor, layout: TokenLayout, state: LayerState | None) -> Tensor:
         A = -torch.exp(self.A_log.to(dt.dtype))

@@ -18,7 +18,7 @@ from transformers.utils import can_return_tuple
 from ..families.description import LayerDescription, ModelDescription
 from ..kernels import BACKENDS
 from .cache import StatexCache
-from .components import GatedMLP, Mixer, RMSNorm, ShortConvolution, TokenLayout
+from .components import GatedMLP, Mixer, ResidualRMSNorm, RMSNorm, ShortConvolution, TokenLayout
 from .configuration import StatexConfig
 from .delta_rule import DeltaNetMixer, GatedDeltaNetMixer
 from .gla import GLAMixer
@@ -47,11 +47,11 @@ class StatexBlock(GradientCheckpointingLayer):
         super().__init__()
         self.index = index
         self.residual_in_fp32 = model.residual_in_fp32
-        self.mixer_norm = RMSNorm(model.hidden_size, model.norm_eps)
+        self.mixer_norm = ResidualRMSNorm(model.hidden_size, model.norm_eps)
         self.mixer = MIXERS[model.family](model, layer)
         self.has_mlp = model.intermediate_size is not None
         if model.intermediate_size is not None:
-            self.mlp_norm = RMSNorm(model.hidden_size, model.norm_eps)
+            self.mlp_norm = ResidualRMSNorm(model.hidden_size, model.norm_eps)
             self.mlp = GatedMLP(model.hidden_size, model.intermediate_size, model.hidden_act)
 
     def forward(
@@ -66,10 +66,12 @@ class StatexBlock(GradientCheckpointingLayer):
         if self.residual_in_fp32:
             hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         bounds = {} if lower_bound is None else {"lower_bound": lower_bound}
-        hidden_states = hidden_states + self.mixer(self.mixer_norm(hidden_states), layout, state, **bounds)
+        residual, x = self.mixer_norm(hidden_states)
+        update = self.mixer(x, layout, state, **bounds)
         if self.has_mlp:
-            hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
-        return hidden_states
+            residual, x = self.mlp_norm(residual, update)
+            update = self.mlp(x)
+        return residual + update
 
 
 class StatexPreTrainedModel(PreTrainedModel):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from statex.kernels import delta_rule, delta_rule_step, gla, gla_step, hgrn, selective_scan, selective_scan_step, ssd, ssd_step
-from statex.kernels.pointwise import gated_product, norm, short_convolution, short_convolution_step
+from statex.kernels.pointwise import gated_product, norm, residual_norm, short_convolution, short_convolution_step, time_steps
 from tests.kernels.delta_inputs import delta_inputs
 from tests.kernels.inputs import gla_inputs, ssd_inputs
 from tests.kernels.test_scans import hgrn_inputs, scan_inputs
@@ -50,6 +50,10 @@ CALLS: dict[str, Call] = {
     "ssd step": (ssd_step, lambda: step_inputs(ssd_inputs(1, lift=2))),
     "delta rule step": (delta_rule_step, lambda: step_inputs(delta_inputs(1)) | {"scale": 1.0}),
     "selective scan step": (selective_scan_step, lambda: step_inputs(scan_inputs(1, lift=2, signed=True))),
+    "time steps": (time_steps, lambda: {"x": torch.zeros(2, 6), "bias": torch.zeros(6)}),
+    "residual_norm": (
+        residual_norm, lambda: {"x": torch.zeros(2, 6), "update": torch.zeros(2, 6), "weight": torch.zeros(6), "eps": 1e-5}
+    ),
     "norm": (norm, lambda: {"x": torch.zeros(2, 6), "weight": torch.zeros(6), "gate": torch.zeros(2, 6), "groups": 2, "eps": 1e-5}),
     "gated product": (gated_product, lambda: {"gate": torch.zeros(2, 6), "up": torch.zeros(2, 6), "activation": None}),
     "short convolution": (
@@ -107,6 +111,9 @@ FITTING: list[tuple[str, dict[str, Any], str]] = [
     ("selective scan step", {"spectrum": torch.zeros(1)}, r"spectrum must be \[6\]"),
     ("selective scan step", {"lift_gamma": torch.zeros(2, 4)}, r"lift_gamma must be \[1 group, a multiple of 4\]"),
     ("selective scan step", {"lift_gamma": None}, r"state must be \[2, 1, 4, 6\], got \[2, 1, 8, 6\]"),
+    ("time steps", {"bias": torch.zeros(1)}, r"bias must be \[6\], got \[1\]"),
+    ("residual_norm", {"weight": torch.zeros(3)}, r"weight must be \[6\], got \[3\]"),
+    ("residual_norm", {"update": torch.zeros(1, 6)}, r"update must be \[2, 6\], got \[1, 6\]"),
     ("norm", {"groups": 4}, "4 groups do not divide 6 channels"),
     ("norm", {"weight": torch.zeros(2)}, r"weight must be \[6\] or \[3\], got \[2\]"),
     ("norm", {"gate": torch.zeros(2, 3)}, r"gate must be \[2, 6\], got \[2, 3\]"),

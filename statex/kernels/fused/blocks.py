@@ -265,7 +265,7 @@ def score_pairs(
     X, Y, A, x_b, x_h, x_g, x_t, y_b, y_h, y_t, heads, tokens, width,
     GROUP: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A_ij = X_i · Y_j for all pairs of blocks of a chunk with j's block not after i's, without decays.
+    """A_ij = X_i · Y_j for all pairs of blocks of a chunk with j's block not after i's, without decays; zero for j > i.
 
     SSD: C and B. GLA: output gradients and values, per reader over its part of the values (`width` channels).
 
@@ -291,4 +291,5 @@ def score_pairs(
         acc = dot(tl.load(x), tl.load(y), acc, PRECISION)
         x += BK
         y += BK
+    acc = tl.where((s * BLOCK + tl.arange(0, BLOCK))[:, None] >= others[None, :], acc, 0.0)
     tl.store(A + rows[:, None] * CHUNK + others[None, :], acc.to(A.dtype.element_ty))

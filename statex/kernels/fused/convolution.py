@@ -1,10 +1,16 @@
-"""The short causal convolution with its activation: one pass over memory forward, two backward.
+"""The short causal convolution with its activation: one pass over memory forward, one backward.
 
-Same calls and results as the PyTorch forms in `statex.kernels.pointwise`.
+Same calls and results as the PyTorch forms in `statex.kernels.pointwise`. A program owns some channels of a stretch of tokens and
+walks over them, a few at a time, all of which it loads at once; the last WIDTH - 1 it remembers, so that every row is loaded once.
+Strides are constants: rows that are loaded together then share an address.
 """
+
+# Kernels have no lists; their tuples grow, which mypy takes for another type.
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,108 +21,165 @@ from torch.autograd.function import once_differentiable
 
 from .layout import on_own_device, require_grid, unit_stride
 from .pointwise import activated
+from .scan_kernels import both
 
 MOST_TAPS = 8
-ROWS, CHANNELS = 32, 128
-"""Tile: neighbours read a few rows twice."""
-PROGRAMS = 64
-"""Programs that share the tokens of a backward pass and leave sums for taps and bias, each its own."""
+CHANNELS = 128
+"""Of a program: one warp, so that it waits at no barrier."""
+STEPS = 8
+"""Tokens that are loaded at once."""
+STRETCHES = (256, 16)
+"""Longest and shortest stretch: every stretch reads WIDTH - 1 neighbours, and leaves sums for taps and bias."""
+PROGRAMS = 4096
+"""Programs that keep a device busy; stretches get shorter until there are so many."""
 
 
 @triton.jit
-def before_activation(
-    X, TAPS, BIAS, SINCE, x_t, ts, cs, tokens, channels, WIDTH: tl.constexpr, PACKED: tl.constexpr, BIASED: tl.constexpr
-):  # fmt: skip
-    """Σ over lags of x_{t-lag} · tap, and the bias: `[ROWS, BC]` for tokens ts and channels cs."""
-    mixed = tl.zeros([ts.shape[0], cs.shape[0]], tl.float32)
-    if BIASED:
-        mixed += tl.load(BIAS + cs, mask=cs < channels, other=0.0).to(tl.float32)[None, :]
+def token_rows(ROWS, t, tokens, inside, T_STRIDE: tl.constexpr, STEPS: tl.constexpr):
+    """STEPS tokens' rows in float32, from token t on, where ROWS points; 0 beyond the last."""
+    rows = ()
+    for j in tl.static_range(STEPS):
+        rows += (tl.load(ROWS + j * T_STRIDE, mask=both(inside, t + j < tokens), other=0.0).to(tl.float32),)
+    return rows
+
+
+@triton.jit
+def since_rows(SINCE, t, tokens, PACKED: tl.constexpr, STEPS: tl.constexpr):
+    """How many tokens of their sequence are in front of each of STEPS tokens."""
+    rows = ()
+    for j in tl.static_range(STEPS):
+        since = 0
+        if PACKED:
+            since = tl.load(SINCE + t + j, mask=t + j < tokens, other=0).to(tl.int32)
+        rows += (since,)
+    return rows
+
+
+@triton.jit
+def taps_of(TAPS, BIAS, cs, inside, WIDTH: tl.constexpr, BIASED: tl.constexpr):
+    """The taps by lag, and the bias."""
+    taps = ()
     for lag in tl.static_range(WIDTH):
-        tap = tl.load(TAPS + cs * WIDTH + WIDTH - 1 - lag, mask=cs < channels, other=0.0).to(tl.float32)
-        mixed += lagging(X, SINCE, x_t, ts, cs, tokens, channels, lag, PACKED) * tap[None, :]
+        taps += (tl.load(TAPS + cs * WIDTH + WIDTH - 1 - lag, mask=inside, other=0.0).to(tl.float32),)
+    bias = tl.zeros(cs.shape, tl.float32)
+    if BIASED:
+        bias = tl.load(BIAS + cs, mask=inside, other=0.0).to(tl.float32)
+    return taps, bias
+
+
+@triton.jit
+def reached(row, since, lag: tl.constexpr, PACKED: tl.constexpr):
+    """`row`, or 0 where a token looks over the start of its sequence with this lag."""
+    if PACKED and lag > 0:
+        row = tl.where(since >= lag, row, 0.0)
+    return row
+
+
+@triton.jit
+def before_activation(xs, since, taps, bias, last: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr):
+    """Σ over lags of x_{t-lag} · tap, and the bias; x_t is xs[last]."""
+    mixed = bias
+    for lag in tl.static_range(WIDTH):
+        mixed += reached(xs[last - lag], since, lag, PACKED) * taps[lag]
     return mixed
 
 
 @triton.jit
-def lagging(X, SINCE, x_t, ts, cs, tokens, channels, lag, PACKED: tl.constexpr):
-    """x_{t-lag}, 0 where that is before the start of t's sequence."""
-    there = (ts >= lag) & (ts < tokens)
-    if PACKED:
-        there = there & (tl.load(SINCE + ts, mask=ts < tokens, other=0) >= lag)
-    inside = there[:, None] & (cs < channels)[None, :]
-    return tl.load(X + (ts - lag).to(tl.int64)[:, None] * x_t + cs[None, :], mask=inside, other=0.0).to(tl.float32)
+def part(length, channels: tl.constexpr, BC: tl.constexpr):
+    """Where a program works: sequence, the first token of its stretch, channels. Neighbours lie side by side in memory."""
+    blocks = tl.cdiv(channels, BC)
+    cs = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
+    return tl.program_id(1).to(tl.int64), tl.program_id(0) // blocks * length, cs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "length"])
 def convolve(
-    X, TAPS, BIAS, SINCE, OUT, x_b, x_t, tokens, channels,
-    WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, PACKED: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, BC: tl.constexpr,
+    X, TAPS, BIAS, SINCE, OUT, x_b, tokens, length, channels: tl.constexpr, X_T: tl.constexpr, WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr, PACKED: tl.constexpr, BIASED: tl.constexpr, STEPS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tokens / ROWS, channels / BC, B)."""
-    ts = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cs = tl.program_id(1) * BC + tl.arange(0, BC)
-    z = tl.program_id(2).to(tl.int64)
-    mixed = before_activation(X + z * x_b, TAPS, BIAS, SINCE, x_t, ts, cs, tokens, channels, WIDTH, PACKED, BIASED)
-    value, _ = activated(mixed, ACTIVATION)
-    places = (z * tokens + ts)[:, None] * channels + cs[None, :]
-    tl.store(OUT + places, value.to(OUT.dtype.element_ty), mask=(ts < tokens)[:, None] & (cs < channels)[None, :])
+    """Grid: (channels / BC * stretches, B)."""
+    EARLIER: tl.constexpr = WIDTH - 1
+    z, first, cs = part(length, channels, BC)
+    high = tl.minimum(tokens, first + length)
+    inside = cs < channels
+    X += z * x_b + first.to(tl.int64) * X_T + cs
+    OUT += (z * tokens + first) * channels + cs
+    taps, bias = taps_of(TAPS, BIAS, cs, inside, WIDTH, BIASED)
+    xs = token_rows(X - EARLIER * X_T, 0, first, inside, X_T, EARLIER)  # 0 if first is 0
+    for t in range(first, high, STEPS):
+        xs += token_rows(X, t, high, inside, X_T, STEPS)
+        sinces = since_rows(SINCE, t, high, PACKED, STEPS)
+        for j in tl.static_range(STEPS):
+            value, _ = activated(before_activation(xs, sinces[j], taps, bias, EARLIER + j, WIDTH, PACKED), ACTIVATION)
+            tl.store(OUT + j * channels, value.to(OUT.dtype.element_ty), mask=both(inside, t + j < high))
+        X += STEPS * X_T
+        OUT += STEPS * channels
+        xs = xs[STEPS:]
 
 
 @triton.jit
+def in_front(
+    xs, dy, since, taps, bias, last: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
+    """The gradient in front of the activation, from that behind it."""
+    _, slope = activated(before_activation(xs, since, taps, bias, last, WIDTH, PACKED), ACTIVATION)
+    return dy * slope
+
+
+@triton.jit(do_not_specialize=["tokens", "length"])
 def convolve_gradients(
-    X, TAPS, BIAS, SINCE, DOUT, DMIXED, DTAPS, x_b, x_t, tokens, channels,
-    WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, PACKED: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, BC: tl.constexpr,
-    SUMS: tl.constexpr,
+    X, TAPS, BIAS, SINCE, DOUT, DX, SUMS, x_b, tokens, length, channels: tl.constexpr, X_T: tl.constexpr, WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr, PACKED: tl.constexpr, BIASED: tl.constexpr, STEPS: tl.constexpr, BC: tl.constexpr, DX_T: tl.constexpr,
 ):  # fmt: skip
-    """DMIXED, the gradient in front of the activation, and sums over this program's tokens: DTAPS `[B, programs, SUMS, channels]`
-    holds by lag the gradient of its tap, then that of the bias.
+    """DX, and sums over a stretch's tokens: SUMS `[B, stretches, WIDTH + 1, channels]` holds gradients of the taps, then the bias.
 
-    Grid: (programs, channels / BC, B).
+    Gradients in front of the activation run WIDTH - 1 tokens ahead of those of x, and are never stored. What a pair of tokens gives
+    to a tap counts where its x is. Grid: as above.
     """
-    cs = tl.program_id(1) * BC + tl.arange(0, BC)
-    z = tl.program_id(2).to(tl.int64)
-    X += z * x_b
-    which = tl.arange(0, SUMS)
-    sums = tl.zeros([SUMS, BC], tl.float32)
-    for start in range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS):
-        ts = start + tl.arange(0, ROWS)
-        places = (z * tokens + ts)[:, None] * channels + cs[None, :]
-        inside = (ts < tokens)[:, None] & (cs < channels)[None, :]
-        dmixed = tl.load(DOUT + places, mask=inside, other=0.0).to(tl.float32)
-        if ACTIVATION != "identity":
-            _, slope = activated(
-                before_activation(X, TAPS, BIAS, SINCE, x_t, ts, cs, tokens, channels, WIDTH, PACKED, BIASED), ACTIVATION
-            )
-            dmixed *= slope
-            tl.store(DMIXED + places, dmixed.to(DMIXED.dtype.element_ty), mask=inside)
-        for lag in tl.static_range(WIDTH):
-            dtap = tl.sum(dmixed * lagging(X, SINCE, x_t, ts, cs, tokens, channels, lag, PACKED), 0)
-            sums += tl.where((which == lag)[:, None], dtap[None, :], 0.0)
-        sums += tl.where((which == WIDTH)[:, None], tl.sum(dmixed, 0)[None, :], 0.0)
-    rows = (z * tl.num_programs(0) + tl.program_id(0)) * SUMS + which
-    tl.store(DTAPS + rows[:, None] * channels + cs[None, :], sums, mask=(cs < channels)[None, :])
-
-
-@triton.jit
-def convolve_back(
-    DMIXED, TAPS, SINCE, DX, tokens, channels, WIDTH: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, BC: tl.constexpr
-):  # fmt: skip
-    """DX_t = Σ over lags of DMIXED_{t+lag} · tap. Grid: (tokens / ROWS, channels / BC, B)."""
-    ts = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cs = tl.program_id(1) * BC + tl.arange(0, BC)
-    z = tl.program_id(2).to(tl.int64)
-    dx = tl.zeros([ROWS, BC], tl.float32)
+    LATER: tl.constexpr = WIDTH - 1
+    z, first, cs = part(length, channels, BC)
+    high = tl.minimum(tokens, first + length)
+    inside = cs < channels
+    X += z * x_b + first.to(tl.int64) * X_T + cs
+    DOUT += (z * tokens + first) * channels + cs
+    DX += (z * tokens + first) * DX_T + cs
+    taps, bias = taps_of(TAPS, BIAS, cs, inside, WIDTH, BIASED)
+    xs = token_rows(X - LATER * X_T, 0, first, inside, X_T, LATER) + token_rows(X, first, tokens, inside, X_T, LATER)
+    early = token_rows(DOUT, first, tokens, inside, channels, LATER)
+    sinces = since_rows(SINCE, first, tokens, PACKED, LATER)
+    grads = ()
+    for j in tl.static_range(LATER):
+        grads += (in_front(xs, early[j], sinces[j], taps, bias, LATER + j, WIDTH, ACTIVATION, PACKED),)
+    xs = xs[LATER:]
+    dbias = tl.zeros([BC], tl.float32)
+    dtaps = ()
+    for _ in tl.static_range(WIDTH):
+        dtaps += (dbias,)
+    for t in range(first, high, STEPS):
+        xs += token_rows(X + LATER * X_T, t + LATER, tokens, inside, X_T, STEPS)
+        dys = token_rows(DOUT + LATER * channels, t + LATER, tokens, inside, channels, STEPS)
+        sinces += since_rows(SINCE, t + LATER, tokens, PACKED, STEPS)
+        for j in tl.static_range(STEPS):
+            grads += (in_front(xs, dys[j], sinces[LATER + j], taps, bias, LATER + j, WIDTH, ACTIVATION, PACKED),)
+            dx = tl.zeros([BC], tl.float32)
+            grown = ()
+            for lag in tl.static_range(WIDTH):
+                grad = reached(grads[j + lag], sinces[j + lag], lag, PACKED)
+                dx += grad * taps[lag]
+                grown += (dtaps[lag] + grad * xs[j],)
+            dtaps = grown
+            dbias += grads[j]
+            tl.store(DX + j * DX_T, dx.to(DX.dtype.element_ty), mask=both(inside, t + j < high))
+        X += STEPS * X_T
+        DOUT += STEPS * channels
+        DX += STEPS * DX_T
+        xs = xs[STEPS:]
+        sinces = sinces[STEPS:]
+        grads = grads[STEPS:]
+    SUMS += (z * tl.cdiv(tokens, length) + first // length) * (WIDTH + 1) * channels + cs
     for lag in tl.static_range(WIDTH):
-        later = ts + lag
-        there = later < tokens
-        if PACKED:
-            there = there & (tl.load(SINCE + later, mask=there, other=0) >= lag)
-        inside = there[:, None] & (cs < channels)[None, :]
-        places = (z * tokens + later)[:, None] * channels + cs[None, :]
-        tap = tl.load(TAPS + cs * WIDTH + WIDTH - 1 - lag, mask=cs < channels, other=0.0).to(tl.float32)
-        dx += tl.load(DMIXED + places, mask=inside, other=0.0).to(tl.float32) * tap[None, :]
-    places = (z * tokens + ts)[:, None] * channels + cs[None, :]
-    tl.store(DX + places, dx.to(DX.dtype.element_ty), mask=(ts < tokens)[:, None] & (cs < channels)[None, :])
+        tl.store(SUMS + (WIDTH - 1 - lag) * channels, dtaps[lag], mask=inside)
+    tl.store(SUMS + WIDTH * channels, dbias, mask=inside)
 
 
 @triton.jit
@@ -161,53 +224,79 @@ def short_convolution_step(x: Tensor, state: Tensor, taps: Tensor, bias: Tensor 
 
 
 @on_own_device
-def short_convolution(x: Tensor, taps: Tensor, bias: Tensor | None, since_start: Tensor | None, activation: str) -> Tensor:
-    """See `statex.kernels.pointwise.short_convolution`."""
+def short_convolution(
+    x: Tensor, taps: Tensor, bias: Tensor | None, since_start: Tensor | None, activation: str, sizes: tuple[int, ...]
+) -> tuple[Tensor, ...]:
+    """See `statex.kernels.pointwise.short_convolution_parts`."""
     require_grid(x.shape[0])
     bias, since_start = (None if each is None else each.contiguous() for each in (bias, since_start))
-    convolved: Tensor = _Convolution.apply(unit_stride(x), taps.contiguous(), bias, since_start, activation)
+    convolved: tuple[Tensor, ...] = _Convolution.apply(unit_stride(x), taps.contiguous(), bias, since_start, activation, sizes)
     return convolved
 
 
+def stretch(batch: int, tokens: int, channels: int) -> int:
+    """Tokens in a stretch."""
+    length, shortest = STRETCHES
+    while length > shortest and batch * triton.cdiv(tokens, length) * triton.cdiv(channels, CHANNELS) < PROGRAMS:
+        length //= 2
+    return length
+
+
 class _Convolution(torch.autograd.Function):
+    """A tensor for each of the parts that the channels make; the gradient of x is one, into which every part writes."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, taps: Tensor, bias: Tensor | None, since_start: Tensor | None, activation: str) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, taps: Tensor, bias: Tensor | None, since_start: Tensor | None, activation: str, sizes: tuple[int, ...]
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, taps, bias, since_start)
-        ctx.activation = activation
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        if x.numel():
-            convolve[_grid(x)](
-                x, taps, bias, since_start, out, *_sizes(x), taps.shape[1], activation, since_start is not None, bias is not None,
-                ROWS, CHANNELS, num_warps=4,
-            )  # fmt: skip
-        return out
+        ctx.activation, ctx.sizes = activation, sizes
+        outs = tuple(torch.empty(*x.shape[:2], size, dtype=x.dtype, device=x.device) for size in sizes)
+        for out, part in zip(outs, _parts(sizes, x, taps, bias), strict=True):
+            if out.numel():
+                _walk(convolve, *part, since_start, out, activation=activation)
+        return outs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, taps, bias, since_start = ctx.saved_tensors
-        dy, width, packed = dy.contiguous(), taps.shape[1], since_start is not None
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        if not x.numel():
-            return dx, torch.zeros_like(taps), None if bias is None else torch.zeros_like(bias), None, None
-        tiles, columns, batch = _grid(x)
-        programs, sums = min(tiles, PROGRAMS), triton.next_power_of_2(width + 1)
-        dmixed = dy if ctx.activation == "identity" else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        parts = torch.empty(batch, programs, sums, x.shape[2], dtype=torch.float32, device=x.device)
-        tile = {"ROWS": ROWS, "BC": CHANNELS, "num_warps": 4}
-        convolve_gradients[programs, columns, batch](
-            x, taps, bias, since_start, dy, dmixed, parts, *_sizes(x), width, ctx.activation, packed, bias is not None,
-            SUMS=sums, **tile,
-        )  # fmt: skip
-        convolve_back[tiles, columns, batch](dmixed, taps, since_start, dx, *x.shape[1:], width, packed, **tile)
-        total = parts.sum((0, 1))
-        dtaps = total[:width].flip(0).t().to(taps.dtype)
-        return dx, dtaps, None if bias is None else total[width].to(bias.dtype), None, None
+        batch, tokens, channels = x.shape
+        dx, dtaps = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.zeros_like(taps)
+        dbias = None if bias is None else torch.zeros_like(bias)
+        places = _parts(ctx.sizes, dx, dtaps, dbias)
+        for dy, part, (dx_part, dtaps_part, dbias_part) in zip(dys, _parts(ctx.sizes, x, taps, bias), places, strict=True):
+            if dy.numel():
+                stretches = triton.cdiv(tokens, stretch(*dy.shape))
+                sums = torch.empty(batch, stretches, taps.shape[1] + 1, dy.shape[2], dtype=torch.float32, device=x.device)
+                _walk(
+                    convolve_gradients, *part, since_start, dy.contiguous(), dx_part, sums, activation=ctx.activation, DX_T=channels
+                )
+                total = sums.sum((0, 1))
+                dtaps_part.copy_(total[:-1].t())
+                if dbias_part is not None:
+                    dbias_part.copy_(total[-1])
+        return dx, dtaps, dbias, None, None, None
 
 
-def _grid(x: Tensor) -> tuple[int, int, int]:
-    return triton.cdiv(x.shape[1], ROWS), triton.cdiv(x.shape[2], CHANNELS), x.shape[0]
+def _parts(sizes: tuple[int, ...], x: Tensor, taps: Tensor, bias: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Views of the parts' channels."""
+    biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+    return zip(x.split(sizes, -1), taps.split(sizes), biases, strict=True)
 
 
-def _sizes(x: Tensor) -> tuple[int, int, int, int]:
-    return x.stride(0), x.stride(1), x.shape[1], x.shape[2]
+def _walk(
+    kernel: Any,
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    since_start: Tensor | None,
+    *tensors: Tensor,
+    activation: str,
+    **strides: int,
+) -> None:
+    (batch, tokens, channels), length = x.shape, stretch(*x.shape)
+    kernel[triton.cdiv(channels, CHANNELS) * triton.cdiv(tokens, length), batch](
+        x, taps, bias, since_start, *tensors, x.stride(0), tokens, length, channels, x.stride(1), taps.shape[1], activation,
+        since_start is not None, bias is not None, STEPS, CHANNELS, num_warps=1, **strides,
+    )  # fmt: skip

@@ -267,7 +267,6 @@ def row_gradients(
         after = tl.zeros([BK], tl.float32)
         for i in range(0, blocks - s):  # queries of this block and of later ones
             da_us = tl.load(da + i * BLOCK * CHUNK + pairs_t)
-            da_us = tl.where((i > 0) | (ts[:, None] <= ts[None, :]), da_us, 0.0).to(dtype)
             q_u = tl.load(q + i * BLOCK * channels + tile)
             factor = tl.where(i > 0, tl.exp2(after), decay)
             dk = dot(da_us, (q_u * factor[None, :]).to(dtype), dk, PRECISION)
@@ -286,7 +285,6 @@ def row_gradients(
         before = tl.zeros([BK], tl.float32)
         for i in range(0, s + 1):  # keys of this block and of earlier ones, the last one first
             da_su = tl.load(da - i * BLOCK + pairs)
-            da_su = tl.where((i > 0) | (ts[:, None] >= ts[None, :]), da_su, 0.0).to(dtype)
             k_u = tl.load(K_NEAR + own - i * BLOCK * channels + tile)
             product = dot(da_su, k_u, tl.zeros([BLOCK, BK], tl.float32), PRECISION)
             factor = tl.where(i > 0, tl.exp2(before), decay)[None, :]

@@ -1,4 +1,4 @@
-"""Gated norms and gated products in one pass over memory each.
+"""Gated norms, gated products and time steps in one pass over memory each.
 
 Same calls and results as the PyTorch forms in `statex.kernels.pointwise`. Sums are float32; for the backward pass the inputs are
 kept. Rows are tokens, whatever their stride; channels lie side by side.
@@ -20,11 +20,13 @@ LONGEST_ROW = 1 << 14
 """Channels of a normed group: a row lies in the registers of one program."""
 
 TILE = 4096
-"""Numbers in a tile of a norm, unless one row has more."""
+"""Numbers in a tile of a norm, unless one row has more; twice as many, and warps, for gradients of wide gated rows."""
 PROGRAMS = 1024
 """Programs that share the rows of a backward pass and leave sums for weights, each its own."""
 FLAT_ROWS, FLAT_CHANNELS = 4, 1024
 """Tile of a gated product."""
+STEP_ROWS, STEP_CHANNELS = 16, 64
+"""Tile of time steps, which have a channel a head."""
 
 
 @triton.jit
@@ -41,17 +43,26 @@ def activated(g, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def norm_rows(
-    X, GATE, WEIGHT, OUT, x_r, gate_r, weight_g, rows, channels, eps,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, GATE_FIRST: tl.constexpr, WEIGHTED: tl.constexpr,
+    X, UPDATE, GATE, WEIGHT, SUM, OUT, update_r, x_r, gate_r, weight_g, rows, channels, eps,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, GATE_FIRST: tl.constexpr, WEIGHTED: tl.constexpr, UPDATED: tl.constexpr,
     ROWS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """OUT = norm(x) · weight · act(gate), or norm(x · act(gate)) · weight. Grid: (rows / ROWS, groups)."""
+    """OUT = norm(x) · weight · act(gate), or norm(x · act(gate)) · weight; where UPDATED, x + update, left in SUM, takes x's place.
+
+    Grid: (rows / ROWS, groups).
+    """
     g = tl.program_id(1)
+    width = tl.num_programs(1) * channels
     rs = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     cs = tl.arange(0, BC)
     inside = (rs < rows)[:, None] & (cs < channels)[None, :]
     places = g * channels + cs
     x = tl.load(X + rs[:, None] * x_r + places[None, :], mask=inside, other=0.0).to(tl.float32)
+    if UPDATED:
+        x += tl.load(UPDATE + rs[:, None] * update_r + places[None, :], mask=inside, other=0.0).to(tl.float32)
+        stored = x.to(SUM.dtype.element_ty)
+        tl.store(SUM + rs[:, None] * width + places[None, :], stored, mask=inside)
+        x = stored.to(tl.float32)
     factor = tl.full(x.shape, 1.0, tl.float32)
     if GATED:
         gate = tl.load(GATE + rs[:, None] * gate_r + places[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -63,18 +74,18 @@ def norm_rows(
         y *= tl.load(WEIGHT + g * weight_g + cs, mask=cs < channels, other=0.0).to(tl.float32)[None, :]
     if GATED and not GATE_FIRST:
         y *= factor
-    tl.store(OUT + rs[:, None] * (tl.num_programs(1) * channels) + places[None, :], y.to(OUT.dtype.element_ty), mask=inside)
+    tl.store(OUT + rs[:, None] * width + places[None, :], y.to(OUT.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def norm_gradients(
-    X, GATE, WEIGHT, DOUT, DX, DGATE, DWEIGHT, x_r, gate_r, weight_g, rows, channels, eps,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, GATE_FIRST: tl.constexpr, WEIGHTED: tl.constexpr,
-    ROWS: tl.constexpr, BC: tl.constexpr,
+    X, GATE, WEIGHT, DOUT, DSUM, DX, DUPDATE, DGATE, DWEIGHT, x_r, gate_r, weight_g, rows, channels, eps,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, GATE_FIRST: tl.constexpr, WEIGHTED: tl.constexpr, PASSED_ON: tl.constexpr,
+    UPDATED: tl.constexpr, ROWS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of `norm_rows`; that of the weight as a sum over this program's rows, DWEIGHT `[programs, groups * channels]`.
+    """All gradients of `norm_rows`, whose sum is X here; where it was PASSED_ON, DSUM is the gradient that comes back.
 
-    Grid: (programs, groups).
+    That of the weight as a sum over this program's rows, DWEIGHT `[programs, groups * channels]`. Grid: (programs, groups).
     """
     g = tl.program_id(1)
     width = tl.num_programs(1) * channels
@@ -83,12 +94,13 @@ def norm_gradients(
     weight = tl.full([BC], 1.0, tl.float32)
     if WEIGHTED:
         weight = tl.load(WEIGHT + g * weight_g + cs, mask=cs < channels, other=0.0).to(tl.float32)
-    total = tl.zeros([BC], tl.float32)
+    total = tl.zeros([ROWS, BC], tl.float32)
     for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         rs = (start + tl.arange(0, ROWS)).to(tl.int64)
         inside = (rs < rows)[:, None] & (cs < channels)[None, :]
+        out = rs[:, None] * width + places[None, :]
         x = tl.load(X + rs[:, None] * x_r + places[None, :], mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(DOUT + rs[:, None] * width + places[None, :], mask=inside, other=0.0).to(tl.float32)
+        dy = tl.load(DOUT + out, mask=inside, other=0.0).to(tl.float32)
         factor = tl.full(x.shape, 1.0, tl.float32)
         slope = factor
         normed = x
@@ -103,17 +115,21 @@ def norm_gradients(
         dn = dy * weight[None, :]
         if GATED and not GATE_FIRST:
             dgate = direct * weight[None, :] * slope
-            tl.store(DGATE + rs[:, None] * width + places[None, :], dgate.to(DGATE.dtype.element_ty), mask=inside)
+            tl.store(DGATE + out, dgate.to(DGATE.dtype.element_ty), mask=inside)
             direct *= factor
             dn *= factor
-        total += tl.sum(direct, 0)
+        total += direct
         dx = root * (dn - normed * (tl.sum(dn * normed, 1) / channels)[:, None])
         if GATED and GATE_FIRST:
-            tl.store(DGATE + rs[:, None] * width + places[None, :], (dx * x * slope).to(DGATE.dtype.element_ty), mask=inside)
+            tl.store(DGATE + out, (dx * x * slope).to(DGATE.dtype.element_ty), mask=inside)
             dx *= factor
-        tl.store(DX + rs[:, None] * width + places[None, :], dx.to(DX.dtype.element_ty), mask=inside)
+        if PASSED_ON:
+            dx += tl.load(DSUM + out, mask=inside, other=0.0).to(tl.float32)
+        tl.store(DX + out, dx.to(DX.dtype.element_ty), mask=inside)
+        if UPDATED:
+            tl.store(DUPDATE + out, dx.to(DUPDATE.dtype.element_ty), mask=inside)
     if WEIGHTED:
-        tl.store(DWEIGHT + tl.program_id(0).to(tl.int64) * width + places, total, mask=cs < channels)
+        tl.store(DWEIGHT + tl.program_id(0).to(tl.int64) * width + places, tl.sum(total, 0), mask=cs < channels)
 
 
 @on_own_device
@@ -129,49 +145,79 @@ def norm(
     dtype: torch.dtype,
 ) -> Tensor:
     """See `statex.kernels.pointwise.norm`."""
-    rows = x.reshape(-1, x.shape[-1])
     gates = None if gate is None else unit_stride(gate.reshape(-1, x.shape[-1]))
     weight = None if weight is None else weight.contiguous()
-    normed: Tensor = _Norm.apply(unit_stride(rows), weight, gates, (groups, eps, activation, gate_first), dtype)
+    _, normed = _Norm.apply(
+        unit_stride(x.reshape(-1, x.shape[-1])), None, weight, gates, (groups, eps, activation, gate_first), dtype
+    )
     return normed.view(x.shape)
 
 
+@on_own_device
+def residual_norm(x: Tensor, update: Tensor | None, weight: Tensor, *, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See `statex.kernels.pointwise.residual_norm`."""
+    rows, updates = (None if each is None else unit_stride(each.reshape(-1, x.shape[-1])) for each in (x, update))
+    total, normed = _Norm.apply(rows, updates, weight.contiguous(), None, (1, eps, "identity", False), dtype)
+    return total.view(x.shape), normed.view(x.shape)
+
+
 class _Norm(torch.autograd.Function):
+    """x + update, or x itself where there is no update, and its norm."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, gate: Tensor | None, options: tuple[int, float, str, bool], dtype: torch.dtype
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, gate)
-        ctx.options = options
+        ctx: Any,
+        x: Tensor,
+        update: Tensor | None,
+        weight: Tensor | None,
+        gate: Tensor | None,
+        options: tuple[int, float, str, bool],
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
+        total = x if update is None else torch.empty(x.shape, dtype=torch.promote_types(x.dtype, update.dtype), device=x.device)
         if x.numel():
             strides, constants, launch = _norm_launch(x, weight, gate, options)
             grid = (triton.cdiv(x.shape[0], launch["ROWS"]), options[0])
-            norm_rows[grid](x, gate, weight, out, *strides, *constants, **launch)
-        return out
+            update_r = 0 if update is None else update.stride(0)
+            norm_rows[grid](
+                x, update, gate, weight, total, out, update_r, *strides, *constants, UPDATED=update is not None, **launch
+            )  # fmt: skip
+        ctx.save_for_backward(total, weight, gate)
+        ctx.options, ctx.dtypes = options, (x.dtype, None if update is None else update.dtype)
+        ctx.set_materialize_grads(False)
+        return total, out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, gate = ctx.saved_tensors
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
+    def backward(ctx: Any, dtotal: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight, gate = ctx.saved_tensors
+        own, others = ctx.dtypes
+        if dy is None:
+            dx, dupdate = (None if dtotal is None or dtype is None else dtotal.to(dtype) for dtype in (own, others))
+            return dx, dupdate, None, None, None, None
+        dx = torch.empty(total.shape, dtype=own, device=total.device)
+        dupdate = dx if others == own else None if others is None else torch.empty_like(dx, dtype=others)
+        dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=total.device)
         dweight = None
         groups = ctx.options[0]
-        if x.numel():
-            strides, constants, launch = _norm_launch(x, weight, gate, ctx.options)
-            programs = min(triton.cdiv(x.shape[0], launch["ROWS"]), max(1, PROGRAMS // groups))
+        if total.numel():
+            strides, constants, launch = _norm_launch(total, weight, gate, ctx.options, backward=True)
+            programs = min(triton.cdiv(total.shape[0], launch["ROWS"]), max(1, PROGRAMS // groups))
             if weight is not None:
-                dweight = torch.empty(programs, x.shape[1], dtype=torch.float32, device=x.device)
-            norm_gradients[programs, groups](x, gate, weight, dy.contiguous(), dx, dgate, dweight, *strides, *constants, **launch)
+                dweight = torch.empty(programs, total.shape[1], dtype=torch.float32, device=total.device)
+            norm_gradients[programs, groups](
+                total, gate, weight, dy.contiguous(), None if dtotal is None else dtotal.contiguous(), dx, dupdate, dgate, dweight,
+                *strides, *constants, PASSED_ON=dtotal is not None, UPDATED=others not in (None, own), **launch,
+            )  # fmt: skip
         if weight is not None:
-            summed = x.new_zeros(weight.shape) if dweight is None else dweight.view(-1, weight.numel()).sum(0)
+            summed = total.new_zeros(weight.shape) if dweight is None else dweight.view(-1, weight.numel()).sum(0)
             dweight = summed.to(weight.dtype)
-        return dx, dweight, dgate, None, None
+        return dx, dupdate, dweight, dgate, None, None
 
 
 def _norm_launch(
-    x: Tensor, weight: Tensor | None, gate: Tensor | None, options: tuple[int, float, str, bool]
+    x: Tensor, weight: Tensor | None, gate: Tensor | None, options: tuple[int, float, str, bool], *, backward: bool = False
 ) -> tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]:
     """Strides, sizes, and what the kernels are specialised for."""
     groups, eps, activation, gate_first = options
@@ -179,9 +225,11 @@ def _norm_launch(
     block = triton.next_power_of_2(channels)
     weight_stride = 0 if weight is None or weight.numel() == channels else channels
     strides = (x.stride(0), 0 if gate is None else gate.stride(0), weight_stride)
+    wide = block > TILE or (backward and gate is not None and 2 * block >= TILE)
+    tile, warps = (2 * TILE, 16) if wide else (TILE, 8)
     launch = {
         "ACTIVATION": activation, "GATED": gate is not None, "GATE_FIRST": gate_first, "WEIGHTED": weight is not None,
-        "ROWS": max(1, TILE // block), "BC": block, "num_warps": 8 if block <= TILE else 16,
+        "ROWS": max(1, tile // block), "BC": block, "num_warps": warps,
     }  # fmt: skip
     return strides, (rows, channels, eps), launch
 
@@ -248,3 +296,77 @@ def _flat_grid(x: Tensor) -> tuple[int, int]:
 
 def _flat(gate: Tensor, up: Tensor) -> tuple[int, int, int, int]:
     return gate.stride(0), up.stride(0), *up.shape
+
+
+@triton.jit
+def step_rows(X, BIAS, x_r, rs, cs, rows, channels, low, high):
+    """softplus(x + bias) within [low, high], its slope, and which places are inside."""
+    inside = (rs < rows)[:, None] & (cs < channels)[None, :]
+    x = tl.load(X + rs[:, None] * x_r + cs[None, :], mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(BIAS + cs, mask=cs < channels, other=0.0).to(tl.float32)[None, :]
+    # log(1 + u) with all digits of a small u, the steps of most tokens.
+    u = tl.exp(-tl.abs(x))
+    w = 1 + u
+    value = tl.maximum(x, 0.0) + tl.where(w == 1, u, tl.log(w) * (u / tl.where(w == 1, 1.0, w - 1)))
+    slope = tl.where((value >= low) & (value <= high), tl.sigmoid(x), 0.0)
+    return tl.minimum(tl.maximum(value, low), high), slope, inside
+
+
+@triton.jit
+def make_steps(X, BIAS, OUT, x_r, rows, channels, low, high, ROWS: tl.constexpr, BC: tl.constexpr):
+    """OUT = softplus(x + bias) within [low, high]. Grid: (rows / ROWS, channels / BC)."""
+    rs = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    cs = tl.program_id(1) * BC + tl.arange(0, BC)
+    value, _, inside = step_rows(X, BIAS, x_r, rs, cs, rows, channels, low, high)
+    tl.store(OUT + rs[:, None] * channels + cs[None, :], value, mask=inside)
+
+
+@triton.jit
+def make_step_gradients(X, BIAS, DOUT, DX, DBIAS, x_r, rows, channels, low, high, ROWS: tl.constexpr, BC: tl.constexpr):
+    """Gradients of `make_steps`; that of the bias as sums over this program's rows, `[programs, channels]`.
+
+    Grid: (programs, channels / BC).
+    """
+    cs = tl.program_id(1) * BC + tl.arange(0, BC)
+    total = tl.zeros([ROWS, BC], tl.float32)
+    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        rs = (start + tl.arange(0, ROWS)).to(tl.int64)
+        _, slope, inside = step_rows(X, BIAS, x_r, rs, cs, rows, channels, low, high)
+        places = rs[:, None] * channels + cs[None, :]
+        dx = tl.load(DOUT + places, mask=inside, other=0.0) * slope
+        tl.store(DX + places, dx.to(DX.dtype.element_ty), mask=inside)
+        total += dx
+    tl.store(DBIAS + tl.program_id(0).to(tl.int64) * channels + cs, tl.sum(total, 0), mask=cs < channels)
+
+
+@on_own_device
+def time_steps(x: Tensor, bias: Tensor, low: float, high: float) -> Tensor:
+    """See `statex.kernels.pointwise.time_steps`."""
+    steps: Tensor = _Steps.apply(unit_stride(x.reshape(-1, x.shape[-1])), bias.contiguous(), low, high)
+    return steps.view(x.shape)
+
+
+class _Steps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x, bias)
+        ctx.limits = low, high
+        out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        if x.numel():
+            grid = triton.cdiv(x.shape[0], STEP_ROWS), triton.cdiv(x.shape[1], STEP_CHANNELS)
+            make_steps[grid](x, bias, out, x.stride(0), *x.shape, low, high, STEP_ROWS, STEP_CHANNELS, num_warps=4)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, bias = ctx.saved_tensors
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if not x.numel():
+            return dx, torch.zeros_like(bias), None, None
+        programs = min(triton.cdiv(x.shape[0], STEP_ROWS), PROGRAMS)
+        dbias = torch.empty(programs, x.shape[1], dtype=torch.float32, device=x.device)
+        make_step_gradients[programs, triton.cdiv(x.shape[1], STEP_CHANNELS)](
+            x, bias, dy.contiguous(), dx, dbias, x.stride(0), *x.shape, *ctx.limits, STEP_ROWS, STEP_CHANNELS, num_warps=4
+        )
+        return dx, dbias.sum(0).to(bias.dtype), None, None
