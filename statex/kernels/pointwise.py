@@ -1,8 +1,8 @@
-"""What surrounds a recurrence in a layer: norms, gates, the short convolution. One pass over memory each on a GPU.
+"""What surrounds a recurrence in a layer: norms, gates, decays, time steps, the short convolution. One pass each on a GPU.
 
 In PyTorch these took more of a training step than the recurrences: every cast, product and sum of a gated norm reads and writes all
-channels of all tokens. `fused.pointwise` and `fused.convolution` do the same in Triton, and are taken on CUDA devices for float32,
-bfloat16 and float16, whatever backend the recurrence takes.
+channels of all tokens. `fused.pointwise`, `fused.decay_gate` and `fused.convolution` do the same in Triton, and are taken on CUDA
+devices for float32, bfloat16 and float16, whatever backend the recurrence takes.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import on_own_device, require_grid, unit_stride
+from .layout import ceil_div, on_own_device, require_grid, unit_stride
 from .pointwise import activated
 from .scan_kernels import both
 
@@ -216,7 +216,7 @@ def short_convolution_step(x: Tensor, state: Tensor, taps: Tensor, bias: Tensor 
     x, bias = unit_stride(x), None if bias is None else bias.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
-        convolve_token[(triton.cdiv(channels, CHANNELS), batch)](
+        convolve_token[(ceil_div(channels, CHANNELS), batch)](
             x, taps.contiguous(), bias, state, out, x.stride(0), *state.stride(), channels, width, activation, bias is not None,
             CHANNELS, num_warps=4,
         )  # fmt: skip
@@ -237,7 +237,7 @@ def short_convolution(
 def stretch(batch: int, tokens: int, channels: int) -> int:
     """Tokens in a stretch."""
     length, shortest = STRETCHES
-    while length > shortest and batch * triton.cdiv(tokens, length) * triton.cdiv(channels, CHANNELS) < PROGRAMS:
+    while length > shortest and batch * ceil_div(tokens, length) * ceil_div(channels, CHANNELS) < PROGRAMS:
         length //= 2
     return length
 
@@ -267,7 +267,7 @@ class _Convolution(torch.autograd.Function):
         places = _parts(ctx.sizes, dx, dtaps, dbias)
         for dy, part, (dx_part, dtaps_part, dbias_part) in zip(dys, _parts(ctx.sizes, x, taps, bias), places, strict=True):
             if dy.numel():
-                stretches = triton.cdiv(tokens, stretch(*dy.shape))
+                stretches = ceil_div(tokens, stretch(*dy.shape))
                 sums = torch.empty(batch, stretches, taps.shape[1] + 1, dy.shape[2], dtype=torch.float32, device=x.device)
                 _walk(
                     convolve_gradients, *part, since_start, dy.contiguous(), dx_part, sums, activation=ctx.activation, DX_T=channels
@@ -296,7 +296,7 @@ def _walk(
     **strides: int,
 ) -> None:
     (batch, tokens, channels), length = x.shape, stretch(*x.shape)
-    kernel[triton.cdiv(channels, CHANNELS) * triton.cdiv(tokens, length), batch](
+    kernel[ceil_div(channels, CHANNELS) * ceil_div(tokens, length), batch](
         x, taps, bias, since_start, *tensors, x.stride(0), tokens, length, channels, x.stride(1), taps.shape[1], activation,
         since_start is not None, bias is not None, STEPS, CHANNELS, num_warps=1, **strides,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .blocks import dot
-from .layout import Launch, on_own_device, unit_stride
+from .layout import Launch, ceil_div, on_own_device, power_of_2, unit_stride
 
 MOST_RANK = 64
 """A program holds the whole rank."""
@@ -202,10 +202,10 @@ def _launch(
 ) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, int]]:
     """Grid, what follows the tensors, and Triton's options, for tiles of which at most `most` programs are made."""
     rows, rank = z.shape
-    tiles = triton.cdiv(len(up), tile.columns)
-    grid = (tiles, min(triton.cdiv(rows, tile.rows), max(1, most // tiles)))
+    tiles = ceil_div(len(up), tile.columns)
+    grid = (tiles, min(ceil_div(rows, tile.rows), max(1, most // tiles)))
     sizes = (rows, len(up), factor, 0.0 if least is None else float(least))
-    block = max(16, triton.next_power_of_2(rank))
+    block = max(16, power_of_2(rank))
     return grid, (*sizes, rank, least is not None, tile.rows, tile.columns, block), tile.options(tile.rows, tile.columns)
 
 
@@ -253,5 +253,5 @@ def _cut(parts: Tensor, width: int, *, exact: bool) -> Tensor:
     """The sum of `parts` `[parts, ...]` in bfloat16 pieces: `[count / width, 3 * width]`, see `add_in_pieces`."""
     count = parts[0].numel()
     pieces = torch.empty(count // width, 3 * width, dtype=torch.bfloat16, device=parts.device)
-    add_in_pieces[(triton.cdiv(count, BLOCK),)](parts.contiguous(), pieces, count, width, len(parts), exact, BLOCK, num_warps=4)
+    add_in_pieces[(ceil_div(count, BLOCK),)](parts.contiguous(), pieces, count, width, len(parts), exact, BLOCK, num_warps=4)
     return pieces

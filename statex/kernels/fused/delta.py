@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -20,11 +19,13 @@ from . import by_head, delta_gradients, delta_kernels, layout
 from .layout import (
     BLOCK,
     Operands,
+    ceil_div,
     forget_at_borders,
     on_own_device,
     operands,
     pad_to,
     padded,
+    power_of_2,
     require_grid,
     segments,
     tile,
@@ -212,9 +213,9 @@ class _Segment:
             return
         self.hi, self.lo, self.reading, self.to_end, written, self.beta = self.per_token(6)
         self.passing = self.scratch(s.batch, s.heads, self.chunks, dtype=torch.float32)
-        width = min(by_head.HEADS, triton.next_power_of_2(s.heads))
+        width = min(by_head.HEADS, power_of_2(s.heads))
         # A group of one head: sums of chunks then lie head by head.
-        by_head.step_sums[(triton.cdiv(s.heads, width), self.chunks, s.batch)](
+        by_head.step_sums[(ceil_div(s.heads, width), self.chunks, s.batch)](
             g, beta, self.hi, self.lo, self.reading, self.to_end, written, self.beta, self.passing,
             g.stride(0), g.stride(1), beta.stride(0), beta.stride(1), self.chunks, s.heads, 1, CHUNK=BLOCK, BH=width, num_warps=4,
         )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .blocks import INTERPRETED
-from .layout import on_own_device, require_grid
+from .layout import ceil_div, on_own_device, power_of_2, require_grid
 from .step import PROGRAMS, can_start_early, fetch
 
 HELD = 1 << 15
@@ -89,7 +89,7 @@ def delta_step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor 
     batch, heads, key_dim, value_dim = state.shape
     rows, columns, warps = tile_of(batch * heads, key_dim, value_dim)
     early = can_start_early(state.device)
-    delta_rule_step[(triton.cdiv(value_dim, columns), heads, batch)](
+    delta_rule_step[(ceil_div(value_dim, columns), heads, batch)](
         q, k, v, beta, decay, state, out, *state.stride()[:3], scale, K=key_dim, V=value_dim, KEY_SHARED=heads // k.shape[1],
         QUERY_SHARED=heads // q.shape[1], GATED=log_decay is not None, FETCHED=not INTERPRETED, EARLY=early, BK=rows, BV=columns,
         num_warps=warps, **({"launch_pdl": True} if early else {}),
@@ -99,8 +99,8 @@ def delta_step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor 
 
 def tile_of(states: int, key_dim: int, value_dim: int) -> tuple[int, int, int]:
     """Key channels and values of a tile, and warps: slices of the values as wide as leaves enough programs and fits."""
-    whole, columns = triton.next_power_of_2(key_dim), 16
-    while columns < min(64, value_dim) and 4 * columns * whole <= HELD and states * triton.cdiv(value_dim, 2 * columns) >= PROGRAMS:
+    whole, columns = power_of_2(key_dim), 16
+    while columns < min(64, value_dim) and 4 * columns * whole <= HELD and states * ceil_div(value_dim, 2 * columns) >= PROGRAMS:
         columns *= 2
     rows = min(whole, HELD // columns)
     return rows, columns, min(16, max(2, rows * columns // (32 * LANE)))

@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -31,6 +30,7 @@ from .layout import (
     pad_to,
     padded,
     padded_parts,
+    power_of_2,
     require_grid,
     segments,
     state_tiles,
@@ -216,7 +216,7 @@ class _Segment:
         )  # fmt: skip
         together.launch(steep.add_scores, (self.tokens // BLOCK, s.batch * s.heads * s.readers))(
             *self.inputs, self.block_decay, out, *self.sizes, **self.forms, PRECISION=s.how.precision, BK=STEEP,
-            WIDTH=triton.next_power_of_2(s.channels),
+            WIDTH=power_of_2(s.channels),
         )  # fmt: skip
         return out
 

@@ -126,6 +126,16 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own, made for kernels, takes microseconds outside of them, with every launch."""
+    return -(-a // b)
+
+
+def power_of_2(size: int) -> int:
+    """The smallest power of 2 that is at least `size`."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
 def pad_to(size: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `size`."""
     return -(-size // multiple) * multiple

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import on_own_device
+from .layout import on_own_device, power_of_2
 
 PIECE_BYTES = 1 << 29
 """Logits that exist at one time."""
@@ -113,7 +113,7 @@ class _LinearLoss(torch.autograd.Function):
                 slopes = torch.mm(piece, weight.t(), out=logits[: len(piece)])
                 score_rows[(len(piece),)](
                     slopes, targets[places], losses[places], factor, len(weight),
-                    GRADIENT=any(wanted), BLOCK=min(BLOCK, triton.next_power_of_2(len(weight))), num_warps=WARPS,
+                    GRADIENT=any(wanted), BLOCK=min(BLOCK, power_of_2(len(weight))), num_warps=WARPS,
                 )  # fmt: skip
                 if of_rows is not None:
                     torch.mm(slopes, weight, out=of_rows[places])

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import on_own_device, unit_stride
+from .layout import ceil_div, on_own_device, power_of_2, unit_stride
 
 LONGEST_ROW = 1 << 14
 """Channels of a normed group: a row lies in the registers of one program."""
@@ -178,7 +178,7 @@ class _Norm(torch.autograd.Function):
         total = x if update is None else torch.empty(x.shape, dtype=torch.promote_types(x.dtype, update.dtype), device=x.device)
         if x.numel():
             strides, constants, launch = _norm_launch(x, weight, gate, options)
-            grid = (triton.cdiv(x.shape[0], launch["ROWS"]), options[0])
+            grid = (ceil_div(x.shape[0], launch["ROWS"]), options[0])
             update_r = 0 if update is None else update.stride(0)
             norm_rows[grid](
                 x, update, gate, weight, total, out, update_r, *strides, *constants, UPDATED=update is not None, **launch
@@ -203,7 +203,7 @@ class _Norm(torch.autograd.Function):
         groups = ctx.options[0]
         if total.numel():
             strides, constants, launch = _norm_launch(total, weight, gate, ctx.options, backward=True)
-            programs = min(triton.cdiv(total.shape[0], launch["ROWS"]), max(1, PROGRAMS // groups))
+            programs = min(ceil_div(total.shape[0], launch["ROWS"]), max(1, PROGRAMS // groups))
             if weight is not None:
                 dweight = torch.empty(programs, total.shape[1], dtype=torch.float32, device=total.device)
             norm_gradients[programs, groups](
@@ -222,7 +222,7 @@ def _norm_launch(
     """Strides, sizes, and what the kernels are specialised for."""
     groups, eps, activation, gate_first = options
     rows, channels = x.shape[0], x.shape[1] // groups
-    block = triton.next_power_of_2(channels)
+    block = power_of_2(channels)
     weight_stride = 0 if weight is None or weight.numel() == channels else channels
     strides = (x.stride(0), 0 if gate is None else gate.stride(0), weight_stride)
     wide = block > TILE or (backward and gate is not None and 2 * block >= TILE)
@@ -291,7 +291,7 @@ class _Product(torch.autograd.Function):
 
 
 def _flat_grid(x: Tensor) -> tuple[int, int]:
-    return triton.cdiv(x.shape[0], FLAT_ROWS), triton.cdiv(x.shape[1], FLAT_CHANNELS)
+    return ceil_div(x.shape[0], FLAT_ROWS), ceil_div(x.shape[1], FLAT_CHANNELS)
 
 
 def _flat(gate: Tensor, up: Tensor) -> tuple[int, int, int, int]:
@@ -353,7 +353,7 @@ class _Steps(torch.autograd.Function):
         ctx.limits = low, high
         out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         if x.numel():
-            grid = triton.cdiv(x.shape[0], STEP_ROWS), triton.cdiv(x.shape[1], STEP_CHANNELS)
+            grid = ceil_div(x.shape[0], STEP_ROWS), ceil_div(x.shape[1], STEP_CHANNELS)
             make_steps[grid](x, bias, out, x.stride(0), *x.shape, low, high, STEP_ROWS, STEP_CHANNELS, num_warps=4)
         return out
 
@@ -364,9 +364,9 @@ class _Steps(torch.autograd.Function):
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         if not x.numel():
             return dx, torch.zeros_like(bias), None, None
-        programs = min(triton.cdiv(x.shape[0], STEP_ROWS), PROGRAMS)
+        programs = min(ceil_div(x.shape[0], STEP_ROWS), PROGRAMS)
         dbias = torch.empty(programs, x.shape[1], dtype=torch.float32, device=x.device)
-        make_step_gradients[programs, triton.cdiv(x.shape[1], STEP_CHANNELS)](
+        make_step_gradients[programs, ceil_div(x.shape[1], STEP_CHANNELS)](
             x, bias, dy.contiguous(), dx, dbias, x.stride(0), *x.shape, *ctx.limits, STEP_ROWS, STEP_CHANNELS, num_warps=4
         )
         return dx, dbias.sum(0).to(bias.dtype), None, None

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..lift import FLOOR
 from . import together
 from .blocks import constant
+from .layout import ceil_div, power_of_2
 
 ELEMENTS = 2048
 """Numbers of x in a program, tokens times channels: with four warps, each has rows for itself and waits for no other. But at least
@@ -240,12 +241,12 @@ class Rows:
         batch, tokens, rows, key_dim = x.shape
         group = rows // self.heads
         strides = (x.stride(0), group * x.stride(2), x.stride(2), x.stride(1))
-        width = max(4, triton.next_power_of_2(key_dim))
+        width = max(4, power_of_2(key_dim))
         per_program = min(64, max(4, ELEMENTS // width))
         options: dict[str, object] = {
             "GROUP": group, "LIFT": self.lift, "GATED": self.gamma is not None, "TOKENS": per_program, "BC": width,
         }  # fmt: skip
-        return strides, options, (triton.cdiv(tokens, per_program), batch * rows)
+        return strides, options, (ceil_div(tokens, per_program), batch * rows)
 
     def make(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows `[B, heads, group, t, channels]`, not mixed."""

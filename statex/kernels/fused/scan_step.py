@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .layout import on_own_device, require_grid
+from .layout import ceil_div, on_own_device, power_of_2, require_grid
 from .step import can_start_early, inverse_rms, lifted_channels
 
 PROGRAMS = 1000
@@ -87,10 +87,10 @@ def scan_step(
     d_state, numbers = A.shape[1], state.shape[2]
     BD, BN, warps = tile_of(batch, channels, numbers)
     early = can_start_early(state.device)
-    selective_step[(triton.cdiv(channels, BD), batch)](
+    selective_step[(ceil_div(channels, BD), batch)](
         x, dt, A, B, C, *(x if each is None else each for each in (D, gamma, spectrum)), state, out, state.stride(0),
         state.stride(2), channels, N=d_state, LIFT=numbers // d_state, HAS_SKIP=D is not None, SIGNED=spectrum is not None,
-        EARLY=early, BC=triton.next_power_of_2(d_state), BN=BN, BD=BD, num_warps=warps, **({"launch_pdl": True} if early else {}),
+        EARLY=early, BC=power_of_2(d_state), BN=BN, BD=BD, num_warps=warps, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out
 
@@ -98,7 +98,7 @@ def scan_step(
 def tile_of(batch: int, channels: int, numbers: int) -> tuple[int, int, int]:
     """Channels and numbers of a tile, and warps."""
     width = 32
-    while width < 128 and batch * triton.cdiv(channels, 2 * width) >= PROGRAMS:
+    while width < 128 and batch * ceil_div(channels, 2 * width) >= PROGRAMS:
         width *= 2
-    rows = min(triton.next_power_of_2(numbers), HELD // width)
+    rows = min(power_of_2(numbers), HELD // width)
     return width, rows, max(1, min(8, rows * width // 512))

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -21,6 +20,7 @@ from . import blocks, by_head, together
 from .layout import (
     BLOCK,
     Operands,
+    ceil_div,
     chunk_length,
     forget_at_borders,
     launch_of,
@@ -29,6 +29,7 @@ from .layout import (
     operands,
     pad_to,
     padded,
+    power_of_2,
     require_grid,
     segments,
     state_tiles,
@@ -186,8 +187,8 @@ class _Segment:
         s, g, heads = self.shape, self.g, self.shape.groups * self.shape.heads
         self.hi, self.lo, self.reading, self.to_end, self.writing, self.dt = self.per_step(6)
         self.chunk_decay = self.scratch(self.chunks, s.heads, dtype=torch.float32)
-        width = min(by_head.HEADS, triton.next_power_of_2(heads))
-        together.launch(by_head.step_sums, (triton.cdiv(heads, width), self.chunks, s.batch))(
+        width = min(by_head.HEADS, power_of_2(heads))
+        together.launch(by_head.step_sums, (ceil_div(heads, width), self.chunks, s.batch))(
             g, dt, self.hi, self.lo, self.reading, self.to_end, self.writing, self.dt, self.chunk_decay,
             g.stride(0), g.stride(1), dt.stride(0), dt.stride(1), self.chunks, heads, s.heads, CHUNK=s.chunk, BH=width, num_warps=8,
         )  # fmt: skip
@@ -294,8 +295,8 @@ class _Segment:
         makes of both passes, and what `pair_gradients` makes."""
         s, heads = self.shape, self.shape.groups * self.shape.heads
         crossing = energy.unflatten(-1, (s.heads, s.head_dim)).sum((0, -1))
-        width = min(by_head.HEADS, triton.next_power_of_2(heads))
-        together.launch(by_head.step_gradients, (triton.cdiv(heads, width), self.tokens // BLOCK, s.batch))(
+        width = min(by_head.HEADS, power_of_2(heads))
+        together.launch(by_head.step_gradients, (ceil_div(heads, width), self.tokens // BLOCK, s.batch))(
             self.g, self.dt, *parts, crossing, ddt, dg, self.g.stride(0), self.g.stride(1), ddt.stride(0), ddt.stride(1),
             self.chunks, heads, s.heads, self.dt.numel(), CHUNK=s.chunk, BH=width,
         )  # fmt: skip

@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..lift import FLOOR, channel_mixing
 from .blocks import INTERPRETED, constant
-from .layout import on_own_device, require_grid
+from .layout import ceil_div, on_own_device, power_of_2, require_grid
 from .rows import back
 
 PROGRAMS = 200
@@ -184,9 +184,9 @@ def ssd_step(
 def tile_of(states: int, rows: int, value_dim: int, *, lifted: bool = False) -> Tile:
     """What was measured best. Where programs are few, each must have much under way."""
     values = 16
-    while values < min(64, value_dim) and states * triton.cdiv(value_dim, 2 * values) >= PROGRAMS:
+    while values < min(64, value_dim) and states * ceil_div(value_dim, 2 * values) >= PROGRAMS:
         values *= 2
-    whole = triton.next_power_of_2(rows)
+    whole = power_of_2(rows)
     if values == 16:
         # Large states come from memory for long enough to hide a start; fetched ahead they would only wait in another queue.
         return Tile(min(1024, whole), 16, 8 if lifted else 4, fetched=lifted or states * rows * value_dim <= 1 << 20, early=True)
@@ -216,12 +216,12 @@ def _launch(
     key_dim, parts = k.shape[-1], 1 if mixing is None else mixing.shape[-1]
     tile = tile_of(parts * batch * heads, rows, value_dim // parts, lifted=rows > key_dim)
     early = tile.early and can_start_early(state.device)
-    step[(parts * triton.cdiv(value_dim // parts, tile.values), heads, batch)](
+    step[(parts * ceil_div(value_dim // parts, tile.values), heads, batch)](
         q, k, v, decay, *(q if x is None else x for x in (weight, skip, gamma, mixing)), state, out, *state.stride()[:3], scale,
         K=key_dim, V=value_dim, GROUP=group, SHARED=shared, PARTS=parts, LIFT=rows // key_dim, SCALAR=weight is not None,
         RATE=decay.dim() == 1, HAS_SKIP=skip is not None, GATED=gamma is not None, MIXED=mixing is not None, LOGARITHM=logarithm,
         FETCHED=tile.fetched and not INTERPRETED, EARLY=early,
-        BC=triton.next_power_of_2(key_dim), ROWS=min(tile.channels, tile.warps * 128 // tile.values), BK=tile.channels,
+        BC=power_of_2(key_dim), ROWS=min(tile.channels, tile.warps * 128 // tile.values), BK=tile.channels,
         BV=tile.values, num_warps=tile.warps,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
