@@ -360,6 +360,9 @@ def test_slices_of_wider_rows_are_taken_as_they_are(fused: list[str]) -> None:
     ):
         assert distance(call(x, **arguments), call(x.contiguous(), **arguments)) < TOLERANCE  # strides may be compiled in
     assert torch.equal(pointwise.gated_product(gate, x, "silu"), pointwise.gated_product(gate.contiguous(), x.contiguous(), "silu"))
+    weight, close = torch.ones(16, device=DEVICE), gate.contiguous()
+    sums = (pointwise.residual_norm(*each, weight, eps=1e-5) for each in ((x, close), (close, x)))
+    assert all(map(torch.equal, *sums))
 
 
 def test_weights_and_borders_in_any_memory_layout_are_accepted(fused: list[str]) -> None:
