@@ -248,8 +248,7 @@ def check_residual_norm(x: Tensor, update: Tensor | None, weight: Tensor) -> Non
     """Raises `ValueError` on inputs that `pointwise.residual_norm` cannot mean."""
     check_device(x=x, update=update, weight=weight)
     _expect("weight", weight, (x.shape[-1],))
-    if update is not None:
-        _expect("update", update, tuple(x.shape))
+    _expect_each(tuple(x.shape), update=update)
 
 
 def check_gated_product(gate: Tensor, up: Tensor) -> None:
@@ -264,15 +263,17 @@ def check_time_steps(x: Tensor, bias: Tensor) -> None:
     _expect("bias", bias, (x.shape[-1],))
 
 
-def check_convolution(x: Tensor, taps: Tensor, bias: Tensor | None, since_start: Tensor | None) -> None:
-    """Raises `ValueError` on inputs that `pointwise.short_convolution` cannot mean."""
+def check_convolution(
+    x: Tensor, taps: Tensor, bias: Tensor | None, since_start: Tensor | None, sizes: tuple[int, ...] | None = None
+) -> None:
+    """Raises `ValueError` on inputs that `pointwise.short_convolution_parts` cannot mean."""
     check_device(x=x, taps=taps, bias=bias, since_start=since_start)
     _require(x.dim() == 3, f"x must be [B, T, channels], got {_shape(x)}")
     _, tokens, channels = x.shape
     _require(taps.dim() == 2 and len(taps) == channels, f"taps must be [{channels}, width], got {_shape(taps)}")
     _expect_each((channels,), bias=bias)
-    if since_start is not None:
-        _expect("since_start", since_start, (tokens,))
+    _expect_each((tokens,), since_start=since_start)
+    _require(sizes is None or sum(sizes) == channels, f"sizes must add up to {channels} channels, got {sizes}")
 
 
 def check_convolution_step(x: Tensor, state: Tensor, taps: Tensor, bias: Tensor | None) -> None:

@@ -174,8 +174,19 @@ def short_convolution_parts(
     since_start: Tensor | None = None,
     activation: str | None = None,
 ) -> tuple[Tensor, ...]:
-    """`short_convolution` cut into parts of so many channels, which nothing has to join again in the backward pass on a GPU."""
-    check_convolution(x, taps, bias, since_start)
+    """`short_convolution` cut into parts, whose gradients nothing has to join in the backward pass on a GPU.
+
+    Args:
+        sizes: channels of each part.
+        x, taps, bias, since_start, activation: as there.
+
+    Returns:
+        `[B, T, size]` for each part.
+
+    Raises:
+        ValueError: shapes or devices that disagree, sizes that do not add up.
+    """
+    check_convolution(x, taps, bias, since_start, sizes)
     name = ALIASES.get(activation, activation)
     width, tokens = taps.shape[1], x.shape[1]
     kernels = _kernels(name, x, taps, bias, module="convolution")

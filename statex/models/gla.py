@@ -12,7 +12,7 @@ from ..kernels import gla, gla_step
 from ..kernels.pointwise import log_decay, low_rank_log_decay
 from .cache import LayerState
 from .components import GroupedRMSNorm, Mixer, ShortConvolution, TokenLayout, spectrum
-from .loss import plain_layers
+from .plain import plain_layers
 
 CONVOLVED = ("q", "k", "v")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels import triton_backend
+from .plain import is_plain_linear
 
 LOGITS = 1 << 27
 """Logits that may exist at one time."""
@@ -71,7 +71,7 @@ def _kernels(head: nn.Module, rows: Tensor) -> ModuleType | None:
 
 def _is_plain(head: nn.Module, rows: Tensor) -> bool:
     """Whether it is one product, without a bias, with a weight that the rows can meet as it is."""
-    if not _is_plain_linear(head) or head.bias is not None:
+    if not is_plain_linear(head) or head.bias is not None:
         return False
     weight = head.weight
     return (
@@ -80,24 +80,3 @@ def _is_plain(head: nn.Module, rows: Tensor) -> bool:
         and weight.shape[1] == rows.shape[-1]
         and (weight.dtype == rows.dtype or torch.is_autocast_enabled(rows.device.type))
     )
-
-
-def plain_layers(sequence: nn.Module) -> list[nn.Linear]:
-    """The layers of a plain sequence of plain linear layers, for what computes it otherwise; none of any other module."""
-    layers = list(sequence.children()) if type(sequence) is nn.Sequential and _is_called_alone(sequence) else []
-    plain = [layer for layer in layers if _is_plain_linear(layer)]
-    return plain if len(plain) == len(layers) else []
-
-
-def _is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether calling it is a product with its weight and its bias, whole and as they are: no adapter, hook or quantised layer."""
-    if type(layer) is not nn.Linear or not _is_called_alone(layer):
-        return False
-    tensors = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
-    return all(type(x) in (Tensor, nn.Parameter) for x in tensors) and layer.weight.shape == (layer.out_features, layer.in_features)
-
-
-def _is_called_alone(module: nn.Module) -> bool:
-    """Whether nothing sees its call, or answers it, but its class: no hook, and no `forward` set from outside."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and "forward" not in vars(module)

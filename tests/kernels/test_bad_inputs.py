@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from statex.kernels import delta_rule, delta_rule_step, gla, gla_step, hgrn, selective_scan, selective_scan_step, ssd, ssd_step
-from statex.kernels.pointwise import gated_product, norm, residual_norm, short_convolution, short_convolution_step, time_steps
+from statex.kernels.pointwise import (
+    gated_product,
+    norm,
+    residual_norm,
+    short_convolution,
+    short_convolution_parts,
+    short_convolution_step,
+    time_steps,
+)
 from tests.kernels.delta_inputs import delta_inputs
 from tests.kernels.inputs import gla_inputs, ssd_inputs
 from tests.kernels.test_scans import hgrn_inputs, scan_inputs
@@ -62,6 +70,9 @@ CALLS: dict[str, Call] = {
             "x": torch.zeros(2, 5, 6), "taps": torch.zeros(6, 4), "bias": torch.zeros(6),
             "since_start": torch.arange(5),
         },
+    ),
+    "short convolution parts": (
+        short_convolution_parts, lambda: {"x": torch.zeros(2, 5, 6), "taps": torch.zeros(6, 4), "bias": None, "sizes": (2, 4)}
     ),
     "short convolution step": (
         short_convolution_step,
@@ -120,6 +131,7 @@ FITTING: list[tuple[str, dict[str, Any], str]] = [
     ("gated product", {"gate": torch.zeros(1, 6)}, r"gate must be \[2, 6\], got \[1, 6\]"),
     ("short convolution", {"x": torch.zeros(5, 6)}, r"x must be \[B, T, channels\]"),
     ("short convolution", {"taps": torch.zeros(4, 6)}, r"taps must be \[6, width\], got \[4, 6\]"),
+    ("short convolution parts", {"sizes": (2, 3)}, r"sizes must add up to 6 channels, got \(2, 3\)"),
     ("short convolution", {"bias": torch.zeros(1)}, r"bias must be \[6\]"),
     ("short convolution", {"since_start": torch.arange(2)}, r"since_start must be \[5\]"),
     ("short convolution step", {"x": torch.zeros(2, 1, 6)}, r"x must be \[B, channels\], got \[2, 1, 6\]"),

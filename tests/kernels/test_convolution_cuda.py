@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from statex.kernels.pointwise import short_convolution
+from tests.kernels.graphs import captured
 from tests.kernels.inputs import distance, in_float64
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -95,14 +96,7 @@ def test_forward_and_backward_are_captured_and_replay_with_new_inputs() -> None:
             x.grad = None
         short_convolution(**leaves, **options).float().square().sum().backward()
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph, _ = captured(step)
     with torch.no_grad():
         for x in leaves.values():
             x.copy_(torch.randn_like(x))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from statex.kernels import hgrn, selective_scan
+from tests.kernels.graphs import captured
 from tests.kernels.inputs import distance, gradients, in_float64, log_decays, results
 from tests.kernels.test_fused_scan import scan_inputs as fused_scan_inputs
 from tests.kernels.test_scans import hgrn_inputs, scan_inputs
@@ -98,14 +99,7 @@ def test_a_captured_step_of_training_replays_with_new_inputs(kernel: Callable[..
             x.grad = None
         kernel(**leaves)[0].square().sum().backward()
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph, _ = captured(step)
     fresh = make(100, "strong")
     with torch.no_grad():
         for name, x in leaves.items():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from statex.models import loss
 from statex.models.loss import next_token_loss
+from tests.kernels.graphs import captured
 from tests.kernels.inputs import distance
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -105,15 +106,8 @@ def test_a_captured_loss_replays_with_new_labels() -> None:
         value.backward()
         return value.detach()
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    replayed = {"loss": captured, "hidden": hidden.grad, "weight": head.weight.grad}
+    graph, value = captured(step)
+    replayed = {"loss": value, "hidden": hidden.grad, "weight": head.weight.grad}
     labels.copy_(labels.roll(7, 1))
     graph.replay()
     found = {name: x.clone() for name, x in replayed.items()}

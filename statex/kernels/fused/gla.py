@@ -21,6 +21,7 @@ from . import blocks, gated, steep, together
 from .layout import (
     BLOCK,
     Operands,
+    ceil_div,
     chunk_length,
     forget_at_borders,
     launch_of,
@@ -170,7 +171,7 @@ class _Segment:
         self.block_decay = self.scratch(self.tokens // BLOCK, s.channels, dtype=torch.float32, new=new)
         self.chunk_decay = self.scratch(self.chunks, s.channels, dtype=torch.float32, new=new)
         launch = launch_of("lifted rows" if s.lift > 1 else "rows" if mixing is None else "mixed rows", s.how)
-        together.launch(gated.decay_rows, (2 * -(-s.key_dim // launch.columns), self.chunks, s.batch * s.heads))(
+        together.launch(gated.decay_rows, (2 * ceil_div(s.key_dim, launch.columns), self.chunks, s.batch * s.heads))(
             *self.inputs, self.q_near, self.q_far, self.k_near, self.k_far, self.block_decay, self.chunk_decay,
             *self.sizes, **self.forms, BK=launch.columns, **launch.options(launch.rows, launch.columns),
         )  # fmt: skip
@@ -303,7 +304,7 @@ class _Segment:
             *self.sizes[10:], READERS=s.readers, CHUNK=s.chunk, PRECISION=s.how.precision, BK=launch.columns,
             **launch.options(launch.rows, launch.columns),
         )  # fmt: skip
-        together.launch(steep.add_gradients, (-(-s.channels // SPAN), self.tokens // BLOCK, s.batch * s.heads))(
+        together.launch(steep.add_gradients, (ceil_div(s.channels, SPAN), self.tokens // BLOCK, s.batch * s.heads))(
             *self.inputs, self.block_decay, da, dq, dk, db, *self.sizes, *strides, **self.forms, PRECISION=s.how.precision,
             BK=STEEP, SPAN=SPAN,
         )  # fmt: skip
@@ -339,7 +340,7 @@ class _Segment:
     def decay_gradients(self, db: Tensor, dk_far: Tensor, energy: Tensor, dg: Tensor) -> None:
         """Writes the gradient of log-decays `[B, t, heads, K]`; uses `dk_far` up."""
         s = self.shape
-        together.launch(gated.decay_gradients, (-(-s.key_dim // BLOCK), self.chunks, s.batch * s.heads))(
+        together.launch(gated.decay_gradients, (ceil_div(s.key_dim, BLOCK), self.chunks, s.batch * s.heads))(
             db, dk_far, self.k_far, energy, dg, dg.stride(0), dg.stride(2), dg.stride(1),
             s.heads, self.tokens, s.channels, s.key_dim, energy.shape[0],
             LIFT=s.lift, CHUNK=s.chunk, BK=BLOCK, **launch_of("decay gradients", s.how).options(BLOCK, BLOCK),

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .blocks import constant
-from .layout import on_own_device, pad_to, unit_stride
+from .layout import ceil_div, on_own_device, pad_to, power_of_2, unit_stride
 from .scan_kernels import join_stretches
 
 
@@ -38,7 +38,7 @@ class Tile:
 
     def shortened(self, tokens: int) -> Tile:
         """For rows of few tokens: with fewer steps."""
-        steps = 1 << (-(-tokens // self.runs) - 1).bit_length()
+        steps = power_of_2(ceil_div(tokens, self.runs))
         return self if steps >= self.steps else replace(self, steps=steps)
 
 
@@ -312,18 +312,18 @@ class _Pass:
         self.packed = borders is not None
         self.tiles = {name: tile.shortened(self.tokens) for name, tile in TILES.items()}
         self.length = self._length()
-        self.stretches = -(-self.tokens // self.length)
+        self.stretches = ceil_div(self.tokens, self.length)
 
     def _length(self) -> int:
         """Tokens in a stretch, whole tiles."""
-        programs = self.batch * -(-self.channels // TILES["forward"].channels)
-        stretches = 1 if programs >= PROGRAMS else max(1, min(-(-WANTED // programs), self.tokens // SHORTEST))
-        return pad_to(-(-self.tokens // stretches), max(tile.runs * tile.steps for tile in self.tiles.values()))
+        programs = self.batch * ceil_div(self.channels, TILES["forward"].channels)
+        stretches = 1 if programs >= PROGRAMS else max(1, min(ceil_div(WANTED, programs), self.tokens // SHORTEST))
+        return pad_to(ceil_div(self.tokens, stretches), max(tile.runs * tile.steps for tile in self.tiles.values()))
 
     def launch(self, name: str, kernel: Any, rows: Tensor, *tensors: Tensor, **flags: bool) -> None:
         """`rows` and the decays come with their strides."""
         tile = self.tiles[name]
-        grid = (-(-self.channels // tile.channels) * self.stretches * self.batch,)
+        grid = (ceil_div(self.channels, tile.channels) * self.stretches * self.batch,)
         kernel[grid](
             rows, self.log_decay, self.borders, *tensors, rows.stride(0), self.log_decay.stride(0), self.tokens, self.length,
             self.channels, rows.stride(1), self.log_decay.stride(1), PACKED=self.packed, RUNS=tile.runs, STEPS=tile.steps,
@@ -336,7 +336,7 @@ class _Pass:
             return state
         ends, totals = (state.new_empty(self.batch, self.stretches, self.channels) for _ in range(2))
         self.launch("walk", walk_runs, rows, ends, totals, BACKWARD=backward)
-        join_stretches[(-(-self.channels // JOIN), self.batch)](
+        join_stretches[(ceil_div(self.channels, JOIN), self.batch)](
             ends, totals, state, self.channels, self.stretches, BACKWARD=backward, STEPS=4, BLOCK=JOIN, num_warps=4
         )
         return ends

@@ -138,7 +138,7 @@ def power_of_2(size: int) -> int:
 
 def pad_to(size: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `size`."""
-    return -(-size // multiple) * multiple
+    return ceil_div(size, multiple) * multiple
 
 
 def padded(x: Tensor, dim: int, size: int) -> Tensor:
@@ -179,8 +179,8 @@ def chunk_length(tokens: int, key_dim: int, value_dim: int, wide: bool) -> int:
 def segments(tokens: int, chunk: int, bytes_per_token: int) -> list[tuple[int, int]]:
     """Borders of runs of whole chunks whose scratch fits."""
     longest = max(chunk, min(SEGMENT_BYTES // bytes_per_token, SEGMENT_TOKENS) // chunk * chunk)
-    count = -(-tokens // longest)
-    length = pad_to(-(-tokens // count), chunk)
+    count = ceil_div(tokens, longest)
+    length = pad_to(ceil_div(tokens, count), chunk)
     return list(_ranges(tokens, length))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import layout, scan_kernels
-from .layout import on_own_device, pad_to, padded, require_grid, unit_stride
+from .layout import ceil_div, on_own_device, pad_to, padded, require_grid, unit_stride
 
 LANES = 32
 """Lanes of a warp, which is a program."""
@@ -92,7 +92,7 @@ def _shape(batch: int, tokens: int, channels: int, d_state: int) -> _Shape:
     length = LENGTHS[1]
     while length > LENGTHS[0] and batch * state * (tokens // length) < PROGRAMS:
         length //= 2
-    while batch * -(-tokens // length) > layout.PROGRAMS and length < tokens:
+    while batch * ceil_div(tokens, length) > layout.PROGRAMS and length < tokens:
         length *= 2
     length = min(length, pad_to(tokens, max(STEPS.values())))
     return _Shape(batch, tokens, pad_to(tokens, length), channels, numbers, length, tile_numbers)
@@ -123,13 +123,13 @@ class _Shape:
     @property
     def blocks(self) -> tuple[int, int]:
         """Blocks of channels, blocks of numbers."""
-        return -(-self.channels * self.tile_numbers // (LANES * HELD)), self.numbers // self.tile_numbers
+        return ceil_div(self.channels * self.tile_numbers, LANES * HELD), self.numbers // self.tile_numbers
 
     def batches(self, bytes_per_token: int) -> Iterator[tuple[int, int]]:
         """Runs of stretches whose scratch fits."""
         most = max(1, layout.SEGMENT_BYTES // (self.batch * self.length * bytes_per_token))
-        count = -(-self.stretches // most)
-        length = -(-self.stretches // count)
+        count = ceil_div(self.stretches, most)
+        length = ceil_div(self.stretches, count)
         for start in range(0, self.stretches, length):
             yield start, min(start + length, self.stretches)
 
@@ -157,7 +157,7 @@ class _Pass:
             s.tokens, s.padded_tokens, s.channels, s.numbers, s.length, BACKWARD=backward, STEPS=STEPS["walk"], **self.forms,
         )  # fmt: skip
         size = s.numbers * s.channels
-        scan_kernels.join_stretches[(-(-size // JOIN), s.batch)](
+        scan_kernels.join_stretches[(ceil_div(size, JOIN), s.batch)](
             ends, totals, state, size, s.stretches, BACKWARD=backward, STEPS=4, BLOCK=JOIN, num_warps=4
         )
         return ends
