@@ -6,9 +6,10 @@ Plans: `base` as released; `paper` the layers that StateX expands in the family;
 merged layers so far with the mixing matrix that keeps the function; `unmixed` every layer merged without one, as the paper draws
 them anew. `fla`: `base`, and `all`, which it computes unmixed, in flash-linear-attention's own model (GLA only, and only where it
 can be imported). A step is forward, loss, backward
-and AdamW on one row of T tokens, float32 weights under bfloat16 autocast, with gradient checkpointing. Generation: tokens a
-second of greedy decoding from a short prompt, bfloat16 weights (decay parameters float32). Rows that the table holds already
-are skipped; each (model, plan, T) runs in a process of its own.
+and AdamW on one row of T tokens, float32 weights under bfloat16 autocast. Pass `train`: with gradient checkpointing in all layers;
+`train_fitted`: in as many as memory asks for, which `statex` finds out for either model (`statex.models.activations`). Generation:
+tokens a second of greedy decoding from a short prompt, bfloat16 weights (decay parameters float32). Rows that the table holds
+already are skipped; each (model, plan, T) runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,8 +33,8 @@ from typing import Any
 from lists import some_of, whole_numbers
 
 COLUMNS = (
-    "model", "impl", "plan", "pass", "B", "T", "tokens_per_s", "ms_median", "ms_p10", "ms_p90", "peak_mem_mib", "parameters",
-    "device", "torch", "triton", "impl_version", "date",
+    "model", "impl", "plan", "pass", "B", "T", "tokens_per_s", "ms_median", "ms_p10", "ms_p90", "peak_mem_mib",
+    "checkpointed_layers", "parameters", "device", "torch", "triton", "impl_version", "date",
 )  # fmt: skip
 IDENTITY = ("model", "impl", "plan", "pass", "B", "T", "device", "torch", "triton", "impl_version")
 GLA: dict[str, Any] = {"hidden_size": 2048, "num_hidden_layers": 24, "num_heads": 4, "expand_k": 0.5, "expand_v": 1.0}
@@ -53,6 +54,7 @@ LENGTHS = (65_536, 32_768, 16_384, 8_192, 0)
 
 DECODE_BATCHES = (1, 64)
 NEW_TOKENS = 256
+PASSES = ("train", "train_fitted", "generate")
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,30 @@ class Job:
     impl: str
     plan: str
     tokens: int
+    passes: tuple[str, ...]
+
+    def rows(self, what: str) -> list[tuple[str, int, int]]:
+        """Pass, batch and tokens of a pass's rows."""
+        return [(what, 1, self.tokens)] if self.tokens else [(what, batch, NEW_TOKENS) for batch in DECODE_BATCHES]
+
+    def beyond(self, known: set[tuple[str, ...]]) -> Job:
+        """What is not measured yet."""
+        model = (f"{self.family}-1.3b", self.impl, self.plan)
+        return replace(
+            self, passes=tuple(p for p in self.passes if not {(*model, *map(str, row)) for row in self.rows(p)} <= known)
+        )
 
 
-def jobs(families: list[str], impls: list[str], lengths: list[int]) -> Iterator[Job]:
+def jobs(args: argparse.Namespace) -> Iterator[Job]:
     """The longest rows first, fla beside the plans that it can hold."""
-    for tokens in sorted(lengths, reverse=True):
-        for family in families:
-            for plan in PLANS[family]:
-                if "statex" in impls:
-                    yield Job(family, "statex", plan, tokens)
-                if "fla" in impls and family == "gla" and plan in ("base", "all") and tokens:
-                    yield Job(family, "fla", plan, tokens)
+    for tokens in sorted(args.lengths, reverse=True):
+        passes = tuple(what for what in args.passes if (what == "generate") == (not tokens))
+        for family in args.family:
+            for plan in (plan for plan in PLANS[family] if plan in args.plans):
+                if "statex" in args.impl:
+                    yield Job(family, "statex", plan, tokens, passes)
+                if "fla" in args.impl and family == "gla" and plan in ("base", "all") and tokens:
+                    yield Job(family, "fla", plan, tokens, passes)
 
 
 def description(family: str, plan: str, shrink: int) -> Any:
@@ -139,7 +154,8 @@ def measure(job: Job, shrink: int, device: str, repeats: int) -> Iterator[dict[s
     model, version = build(job, shrink, device)
     parameters = sum(p.numel() for p in model.parameters())
 
-    def row(what: str, batch: int, tokens: int, seconds: list[float], counted: int) -> dict[str, Any]:
+    def row(what: str, batch: int, tokens: int, seconds: list[float]) -> dict[str, Any]:
+        counted = batch * tokens
         low, median, high = (1e3 * statistics.quantiles(seconds, n=10, method="inclusive")[i] for i in (0, 4, 8))
         return identity(job, what, batch, tokens, version) | {
             "tokens_per_s": round(1e3 * counted / median),
@@ -147,6 +163,7 @@ def measure(job: Job, shrink: int, device: str, repeats: int) -> Iterator[dict[s
             "ms_p10": round(low, 3),
             "ms_p90": round(high, 3),
             "peak_mem_mib": round(torch.cuda.max_memory_allocated() / 2**20) if device == "cuda" else "",
+            "checkpointed_layers": checkpointed_layers(model) if job.tokens else "",
             "parameters": parameters,
             "date": datetime.date.today().isoformat(),
         }
@@ -163,14 +180,36 @@ def measure(job: Job, shrink: int, device: str, repeats: int) -> Iterator[dict[s
             optimizer.step()
             optimizer.zero_grad()
 
-        yield row("train", 1, job.tokens, timed(step, repeats, device), job.tokens)
+        for what in job.passes:
+            if what == "train_fitted":
+                fit(model, step, device)
+            yield row(what, 1, job.tokens, timed(step, repeats, device))
         return
     model.eval()
-    for batch in DECODE_BATCHES:
+    for what, batch, tokens in job.rows("generate"):
         prompt = torch.randint(100, (batch, 16), device=device)
         new = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
         seconds = timed(partial(model.generate, prompt, **new, do_sample=False), max(2, repeats // 3), device)
-        yield row("generate", batch, NEW_TOKENS, seconds, batch * NEW_TOKENS)
+        yield row(what, batch, tokens, seconds)
+
+
+def fit(model: Any, step: Callable[[], None], device: str) -> None:
+    """Train until it is known how many layers have to be checkpointed."""
+    import torch
+
+    from statex.models.activations import CudaMemory, FittedCheckpointing
+
+    fitted = FittedCheckpointing(model, CudaMemory(torch.device(device, torch.cuda.current_device())))
+    while not fitted.settled:
+        with fitted.step():
+            step()
+
+
+def checkpointed_layers(model: Any) -> int:
+    """How many layers run a second time in the backward pass."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return sum(layer.gradient_checkpointing for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer))
 
 
 def timed(call: Any, repeats: int, device: str) -> list[float]:
@@ -220,6 +259,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="CSV that rows are appended to")
     parser.add_argument("--family", type=some_of(*CONFIGS), default="gla,mamba2")
     parser.add_argument("--impl", type=some_of("statex", "fla"), default="statex,fla")
+    parser.add_argument("--plans", type=some_of("base", "paper", "all", "unmixed"), default="base,paper,all,unmixed")
+    parser.add_argument("--passes", type=some_of(*PASSES), default=",".join(PASSES))
     lengths = "tokens in a row; 0 stands for generation"
     parser.add_argument("--lengths", type=whole_numbers, default=",".join(map(str, LENGTHS)), help=lengths)
     parser.add_argument("--repeats", type=int, default=6)
@@ -234,15 +275,14 @@ def main() -> None:
         return
     require_device(parser, args.device)
     began = time.monotonic()
-    for job in jobs(args.family, args.impl, args.lengths):
-        wanted = [("train", 1, job.tokens)] if job.tokens else [("generate", batch, NEW_TOKENS) for batch in DECODE_BATCHES]
-        have = known(args.out)
-        if all((f"{job.family}-1.3b", job.impl, job.plan, *map(str, one)) in have for one in wanted):
+    for job in jobs(args):
+        wanted = job.beyond(known(args.out))
+        if not wanted.passes:
             continue
         if time.monotonic() - began > args.seconds:
             print("out of time; start again to go on")
             return
-        run(job, args)
+        run(wanted, args)
 
 
 def require_device(parser: argparse.ArgumentParser, device: str) -> None:
@@ -269,8 +309,9 @@ def run(job: Job, args: argparse.Namespace) -> None:
         writer.writerows(rows)
     for line in rows:
         print(
-            f"{line['model']} {line['impl']:7} {line['plan']:6} {line['pass']:9} B={line['B']} T={line['T']}:"
-            f" {line['tokens_per_s']:,} tokens/s, {line['ms_median']} ms, peak {line['peak_mem_mib'] or '-'} MiB",
+            f"{line['model']} {line['impl']:7} {line['plan']:6} {line['pass']:12} B={line['B']} T={line['T']}:"
+            f" {line['tokens_per_s']:,} tokens/s, {line['ms_median']} ms, peak {line['peak_mem_mib'] or '-'} MiB,"
+            f" {line['checkpointed_layers'] or 'no'} checkpointed layers",
             flush=True,
         )
     if done.returncode:

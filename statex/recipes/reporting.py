@@ -66,6 +66,10 @@ class Reporter:
         else:
             self.bar.update(self.task, told=told)
 
+    def tell(self, text: str) -> None:
+        """A line on the console alone."""
+        self.console.print(text, highlight=False)
+
     def close(self) -> None:
         """Flush everything and give the console back."""
         self.bar.stop()

@@ -164,8 +164,10 @@ class Training(Section):
         default="auto",
         description="Of the computation; weights are always trained in fp32. auto: bf16 on CUDA with sm80 or later, else fp32.",
     )
-    gradient_checkpointing: bool = Field(
-        default=False, description="Recompute activations in the backward pass: less memory, about a third more time."
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Recompute activations in the backward pass. true: those of all layers, less memory, a third more time."
+        " auto: of as many as the GPU's memory asks for, which the first steps find out; of none on a CPU.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="Of the order of the data and of all draws.")
     save_every: Count = Field(default=500, description="Steps between resumable checkpoints, of which the last two are kept.")

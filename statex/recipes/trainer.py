@@ -25,6 +25,7 @@ from torch import nn
 
 from ..errors import RecipeError, RunStopped, TrainingError
 from ..models import StatexForCausalLM
+from ..models.activations import CudaMemory, FittedCheckpointing
 from ..models.named import pick_device
 from ..models.openness import opened
 from .data.packing import Batch, Packer
@@ -152,6 +153,10 @@ class Trainer:
         self.progress = Progress()
         self.evaluation_start = evaluation.state() if evaluation else {}
         self.stop_signal: int | None = None
+        self.fitted: FittedCheckpointing | None = None
+        if training.gradient_checkpointing == "auto" and accelerator.device.type == "cuda":
+            self.fitted = FittedCheckpointing(self.model, CudaMemory(accelerator.device))
+        self.kept: int | None = None
 
     def state(self) -> dict[str, Any]:
         """Everything but the weights that decides how the run goes on. To be called by every process."""
@@ -202,7 +207,8 @@ class Trainer:
                     reporter.log({"step": 0, "eval_loss": progress.first_eval})
             pace = Pace()
             while progress.step < self.total:
-                grad_norm, stop = self._step()
+                with self.fitted.step() if self.fitted else nullcontext():
+                    grad_norm, stop = self._step()
                 pace.tokens += self.tokens_per_step
                 last = progress.step == self.total
                 record = self._record(grad_norm, pace) if last or _due(recipe.logging.every, progress.step) else {}
@@ -210,6 +216,7 @@ class Trainer:
                     if self.evaluation and (last or _due(recipe.evaluation.every, progress.step)):
                         progress.last_eval = record["eval_loss"] = self._evaluate()
                     if reporter:
+                        self._tell_kept(reporter)
                         reporter.step(progress.step)
                         if record:
                             reporter.log({"step": progress.step, **record})
@@ -229,6 +236,12 @@ class Trainer:
         distance = opened(self.model)
         return record if distance is None else record | {"opened": distance}
 
+    def _tell_kept(self, reporter: Reporter) -> None:
+        """Once it is known, and when it changes: how many layers run once."""
+        if self.fitted is not None and self.fitted.settled and self.fitted.kept != self.kept:
+            self.kept, layers = self.fitted.kept, len(self.fitted.layers)
+            reporter.tell(f"the memory holds the activations of {self.kept} of {layers} layers; the others are checkpointed")
+
     def _step(self) -> tuple[float, bool]:
         """One optimizer step: the gradient's norm before clipping, and whether a process was asked to stop."""
         progress, training = self.progress, self.recipe.training
@@ -237,14 +250,7 @@ class Trainer:
         labelled = float(sum(batch.labelled for batch in batches))
         if processes > 1:
             labelled = float(self._sum(labelled)[0])
-        losses = []
-        for index, batch in enumerate(batches):
-            waits = index + 1 < len(batches) and processes > 1
-            with self.accelerator.no_sync(self.parallel) if waits else nullcontext():
-                # Data parallelism averages gradients over processes, so that each divides by its share of the labels.
-                loss = self._forward(batch, labelled / processes)
-                loss.backward()
-            losses.append(loss.detach())
+        losses = self._gradients(batches, labelled / processes)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.clip_norm)
         loss_value, grad_norm = torch.stack([torch.stack(losses).sum(), norm]).tolist()
         stop = self.stop_signal is not None
@@ -264,6 +270,30 @@ class Trainer:
         progress.loss_count += 1
         progress.last_loss = loss_value
         return grad_norm, stop
+
+    def _gradients(self, batches: Sequence[Batch], divisor: float) -> list[torch.Tensor]:
+        """Losses of the batches, whose gradients are summed. If memory runs out, all layers are checkpointed and it begins anew."""
+        try:
+            return self._losses(batches, divisor)
+        except torch.OutOfMemoryError as error:
+            # Other processes wait for this one's gradients, not for it to begin anew.
+            if self.accelerator.num_processes > 1 or self.fitted is None or not self.fitted.retreat():
+                what, where = "the memory does not suffice for a batch", str(self.accelerator.device)
+                fix = "Set training.gradient_checkpointing to true, or training.batch_size or data.sequence_length lower"
+                raise TrainingError(what, where=where, fix=fix) from error
+        self.optimizer.zero_grad(set_to_none=True)
+        return self._gradients(batches, divisor)
+
+    def _losses(self, batches: Sequence[Batch], divisor: float) -> list[torch.Tensor]:
+        losses = []
+        for index, batch in enumerate(batches):
+            waits = index + 1 < len(batches) and self.accelerator.num_processes > 1
+            with self.accelerator.no_sync(self.parallel) if waits else nullcontext():
+                # Data parallelism averages gradients over processes, so that each divides by its share of the labels.
+                loss = self._forward(batch, divisor)
+                loss.backward()
+            losses.append(loss.detach())
+        return losses
 
     def _forward(self, batch: Batch, divisor: float) -> torch.Tensor:
         with torch.autocast(**self.autocast):
