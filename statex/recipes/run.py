@@ -141,7 +141,8 @@ def _trainer(recipe: Recipe, source: Checkpoint, store: RunStore, accelerator: A
     if checkpointing is True or (checkpointing == "auto" and accelerator.device.type == "cuda"):
         # transformers renamed this in its later 5.x.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        # No layer draws random numbers, so none have to be drawn again.
+        enable({"use_reentrant": False, "preserve_rng_state": False})
     trainer = Trainer(
         model,
         recipe,

@@ -164,7 +164,7 @@ class Training(Section):
         default="auto",
         description="Of the computation; weights are always trained in fp32. auto: bf16 on CUDA with sm80 or later, else fp32.",
     )
-    gradient_checkpointing: bool | Literal["auto"] = Field(
+    gradient_checkpointing: Literal[True, False, "auto"] = Field(
         default="auto",
         description="Recompute activations in the backward pass. true: those of all layers, less memory, a third more time."
         " auto: of as many as the GPU's memory asks for, which the first steps find out; of none on a CPU.",

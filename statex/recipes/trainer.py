@@ -8,6 +8,7 @@ that, and the loop is one screen; accelerate brings the device, data parallelism
 
 from __future__ import annotations
 
+import gc
 import shlex
 import signal
 import threading
@@ -69,6 +70,18 @@ class Pace:
         started = time.perf_counter()
         yield
         self.clock += time.perf_counter() - started
+
+
+@contextmanager
+def _few_objects_to_collect() -> Iterator[None]:
+    """Keeps Python's garbage collector off all that exists: some 400,000 objects once torch and transformers are imported, which it
+    would go through every few steps, a fifth of a second each time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def make_accelerator(device: str | None) -> Accelerator:
@@ -200,7 +213,7 @@ class Trainer:
         """
         progress, recipe = self.progress, self.recipe
         self.parallel.train()
-        with self._signals():
+        with self._signals(), _few_objects_to_collect():
             if progress.step == 0 and self.evaluation:
                 progress.first_eval = self._evaluate()
                 if reporter:

@@ -84,6 +84,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(override: str, ke
         ("schedule.max_tokens=5", "exactly one of max_steps and max_tokens"),
         ("schedule.max_steps=null", "exactly one of max_steps and max_tokens"),
         ("training.precision=fp8", "training.precision"),
+        ("training.gradient_checkpointing=some", "training.gradient_checkpointing': Input should be True, False or 'auto'"),
         ("data.mixture.7.weight=1", "'7'"),
         ("data.mixture.0.kind=images", "data.mixture.0"),
         ("nothing", "does not set anything"),
