@@ -137,12 +137,6 @@ def _trainer(recipe: Recipe, source: Checkpoint, store: RunStore, accelerator: A
     model = load(resume_from or source.path, dtype=torch.float32)
     roles = training_roles([name for name, _ in model.named_parameters()], source.provenance)
     freeze(model, roles, recipe.optimizer)
-    checkpointing = recipe.training.gradient_checkpointing
-    if checkpointing is True or (checkpointing == "auto" and accelerator.device.type == "cuda"):
-        # transformers renamed this in its later 5.x.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        # No layer draws random numbers, so none have to be drawn again.
-        enable({"use_reentrant": False, "preserve_rng_state": False})
     trainer = Trainer(
         model,
         recipe,

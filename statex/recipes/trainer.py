@@ -157,6 +157,8 @@ class Trainer:
         self.tokens_per_step = recipe.data.sequence_length * training.batch_size * self.accumulation * accelerator.num_processes
         self.total = recipe.schedule.max_steps or -(-(recipe.schedule.max_tokens or 0) // self.tokens_per_step)
         self.model = model.to(accelerator.device)
+        self.fitted = self._checkpointed(training.gradient_checkpointing)
+        self.kept: int | None = None
         self.optimizer = build_optimizer(self.model, roles, undecayed, recipe.optimizer, rows)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.parallel = accelerator.prepare_model(self.model)
@@ -166,10 +168,16 @@ class Trainer:
         self.progress = Progress()
         self.evaluation_start = evaluation.state() if evaluation else {}
         self.stop_signal: int | None = None
-        self.fitted: FittedCheckpointing | None = None
-        if training.gradient_checkpointing == "auto" and accelerator.device.type == "cuda":
-            self.fitted = FittedCheckpointing(self.model, CudaMemory(accelerator.device))
-        self.kept: int | None = None
+
+    def _checkpointed(self, wanted: bool | str) -> FittedCheckpointing | None:
+        """Enable gradient checkpointing where it is wanted; what fits it to the GPU's memory where that is left to it."""
+        device = self.accelerator.device
+        if not wanted or (wanted == "auto" and device.type != "cuda"):
+            return None
+        # transformers renamed this in its later 5.x. No layer draws random numbers, so none have to be drawn again.
+        enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "preserve_rng_state": False})
+        return FittedCheckpointing(self.model, CudaMemory(device)) if wanted == "auto" else None
 
     def state(self) -> dict[str, Any]:
         """Everything but the weights that decides how the run goes on. To be called by every process."""
