@@ -66,6 +66,13 @@ class FittedCheckpointing:
     of them makes again. Then the last layers, whose activations are the first to go, are kept as far as they fit beside the peak,
     which is measured anew until nothing is left to add.
 
+        fitted = FittedCheckpointing(model, CudaMemory(device))
+        for batch in batches:
+            with fitted.step():
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
     Args:
         model: any of transformers' making, `statex`' own among them, with checkpointing enabled.
         memory: of its device.
