@@ -158,7 +158,7 @@ class Trainer:
         self.total = recipe.schedule.max_steps or -(-(recipe.schedule.max_tokens or 0) // self.tokens_per_step)
         self.model = model.to(accelerator.device)
         self.fitted = self._checkpointed(training.gradient_checkpointing)
-        self.kept: int | None = None
+        self.told_kept: int | None = None
         self.optimizer = build_optimizer(self.model, roles, undecayed, recipe.optimizer, rows)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.parallel = accelerator.prepare_model(self.model)
@@ -258,10 +258,10 @@ class Trainer:
         return record if distance is None else record | {"opened": distance}
 
     def _tell_kept(self, reporter: Reporter) -> None:
-        """Once it is known, and when it changes: how many layers run once."""
-        if self.fitted is not None and self.fitted.settled and self.fitted.kept != self.kept:
-            self.kept, layers = self.fitted.kept, len(self.fitted.layers)
-            reporter.tell(f"the memory holds the activations of {self.kept} of {layers} layers; the others are checkpointed")
+        """How many layers are checkpointed, once that is known and when it changes."""
+        if self.fitted is not None and self.fitted.settled and self.fitted.kept != self.told_kept:
+            self.told_kept, layers = self.fitted.kept, len(self.fitted.layers)
+            reporter.tell(f"gradient checkpointing in {layers - self.told_kept} of {layers} layers")
 
     def _step(self) -> tuple[float, bool]:
         """One optimizer step: the gradient's norm before clipping, and whether a process was asked to stop."""
