@@ -64,6 +64,12 @@ class Mixer(nn.Module, ABC):
         """`[B, T, hidden] -> [B, T, hidden]`; reads `state` and leaves in it what the layer remembers after the last token."""
 
 
+def wide_input(x: Tensor, layer: nn.Module) -> Tensor:
+    """x as a layer takes it that computes gates: in fp32 or more, as its weights are kept, unless they were cast with the model."""
+    given = (parameter.dtype for parameter in layer.parameters() if parameter.is_floating_point())  # quantised ones do not say
+    return x.to(next(given, torch.promote_types(x.dtype, torch.float32)))
+
+
 def spectrum(layer: LayerDescription, rho: Tensor | None, *shape: int, device: torch.device) -> Tensor | None:
     """How far the eigenvalues of a layer's steps reach below 0, as kernels take it; None where they do not.
 

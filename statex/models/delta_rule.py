@@ -11,7 +11,7 @@ from ..families.description import LayerDescription, ModelDescription
 from ..kernels import delta_rule, delta_rule_step, lift
 from ..kernels.pointwise import time_steps
 from .cache import LayerState
-from .components import GroupedRMSNorm, Mixer, ShortConvolution, TokenLayout
+from .components import GroupedRMSNorm, Mixer, ShortConvolution, TokenLayout, wide_input
 
 CONVOLVED = ("q", "k", "v")
 NORM_FLOOR = 1e-6
@@ -139,8 +139,10 @@ class DeltaNetMixer(Mixer):
 
     def _beta(self, x: Tensor) -> Tensor:
         """`[B, T, value heads]`."""
-        wide = _wide(x)
-        beta = self.b_proj(wide).sigmoid() if self.b_proj is not None else wide.new_ones(*x.shape[:2], self.layer.value_heads)
+        if self.b_proj is None:
+            beta = _wide(x).new_ones(*x.shape[:2], self.layer.value_heads)
+        else:
+            beta = _wide(self.b_proj(wide_input(x, self.b_proj))).sigmoid()
         if self.layer.spectrum is None:
             return beta
         return beta * (2 if self.spectrum_rho is None else 2 * self.spectrum_rho.sigmoid())
@@ -184,7 +186,7 @@ class GatedDeltaNetMixer(DeltaNetMixer):
         init.copy_(self.dt_bias, steps + torch.log(-torch.expm1(-steps)))
 
     def _log_decay(self, x: Tensor) -> Tensor:
-        return -self.A_log.exp() * time_steps(self.a_proj(_wide(x)), self.dt_bias)
+        return -self.A_log.exp() * time_steps(self.a_proj(wide_input(x, self.a_proj)), self.dt_bias)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from ..families.description import LayerDescription, ModelDescription
 from ..kernels import gla, gla_step
 from ..kernels.pointwise import log_decay, low_rank_log_decay
 from .cache import LayerState
-from .components import GroupedRMSNorm, Mixer, ShortConvolution, TokenLayout, spectrum
+from .components import GroupedRMSNorm, Mixer, ShortConvolution, TokenLayout, spectrum, wide_input
 from .plain import plain_layers
 
 CONVOLVED = ("q", "k", "v")
@@ -102,7 +102,8 @@ class GLAMixer(Mixer):
             down, up = layers
             return low_rank_log_decay(x, down.weight, up.weight, up.bias, **bounds)
         # What adapters, quantisers and trainers hang there sees its calls. What is compiled is fused by the compiler.
-        return log_decay(self.gk_proj(x.to(torch.promote_types(x.dtype, torch.float32))), **bounds)
+        gates = self.gk_proj(wide_input(x, self.gk_proj))
+        return log_decay(gates.to(torch.promote_types(gates.dtype, torch.float32)), **bounds)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, layout: TokenLayout, state: LayerState | None) -> Tensor:
         reach = spectrum(self.layer, self.spectrum_rho, self.layer.key_heads, self.layer.key_dim, device=q.device)

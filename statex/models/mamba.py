@@ -11,7 +11,7 @@ from ..families.description import LayerDescription, ModelDescription
 from ..kernels import selective_scan, selective_scan_step
 from ..kernels.pointwise import gated_product
 from .cache import LayerState
-from .components import Mixer, ShortConvolution, TokenLayout, spectrum
+from .components import Mixer, ShortConvolution, TokenLayout, spectrum, wide_input
 
 
 class MambaMixer(Mixer):
@@ -60,7 +60,7 @@ class MambaMixer(Mixer):
         low, B, C = self.x_proj(values).split(self.splits, dim=-1)
         with torch.autocast(x.device.type, enabled=False):
             # A padded token takes a time step of 0: the state neither decays nor grows.
-            dt = layout.zero_padding(F.softplus(self.dt_proj(low.to(self.dt_proj.weight.dtype))))
+            dt = layout.zero_padding(F.softplus(self.dt_proj(wide_input(low, self.dt_proj))))
             y = self._scan(values, dt, B, C, layout, state)
         return self.out_proj(gated_product(z, y, "silu"))
 

@@ -87,6 +87,11 @@ class StatexPreTrainedModel(PreTrainedModel):
         {"lower_bounds"} | {rf"mixer\.{name}" for mixer in MIXERS.values() for name in mixer.keep_in_fp32}
     )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights but those that stay fp32, one of which may be the first."""
+        return next(self.get_input_embeddings().parameters()).dtype
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -151,10 +156,14 @@ class StatexModel(StatexPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         shape = hidden_states.shape[:2]
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if cu_seqlens is None and past_key_values is None:
+            cu_seqlens = _packed_borders(shape, **kwargs)
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and not self.training and cu_seqlens is None
-        past_key_values = self._cache(past_key_values, bool(use_cache), cu_seqlens)
-        mask = _local_mask(attention_mask, shape[1])
+        past_key_values = self._cache(past_key_values, bool(use_cache), cu_seqlens, shape[0])
+        mask = _local_mask(attention_mask, shape)
         if cu_seqlens is not None:
             hidden_states = hidden_states.flatten(0, 1)[None]
             mask = None if mask is None else mask.flatten()[None]
@@ -163,14 +172,15 @@ class StatexModel(StatexPreTrainedModel):
         for block, lower_bound in zip(self.layers, self._bounds_by_layer(), strict=True):
             if output_hidden_states:
                 visited.append(hidden_states)
-            hidden_states = block(hidden_states, layout, lower_bound, past_key_values=past_key_values)
+            # By position: what is named past_key_values a checkpointed block is never given, not even to generate.
+            hidden_states = block(hidden_states, layout, lower_bound, past_key_values)
         hidden_states = self.norm(hidden_states)
         if past_key_values is not None:
             past_key_values.advance(shape[1])
         if output_hidden_states:
             visited.append(hidden_states)
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states.view(*shape, -1),
+            last_hidden_state=hidden_states.view(*shape, hidden_states.shape[-1]),
             past_key_values=past_key_values,
             hidden_states=tuple(visited) if output_hidden_states else None,
         )
@@ -183,32 +193,59 @@ class StatexModel(StatexPreTrainedModel):
             shares = self.lower_bounds.softmax(0)
             return [None, *(shares[1:].cumsum(0)).unbind(0)]
 
-    def _cache(self, past_key_values: StatexCache | None, use_cache: bool, cu_seqlens: Tensor | None) -> StatexCache | None:
-        if past_key_values is not None and not isinstance(past_key_values, StatexCache):
-            raise ValueError(f"past_key_values must be a StatexCache, not a {type(past_key_values).__name__}")
+    def _cache(
+        self, past_key_values: StatexCache | None, use_cache: bool, cu_seqlens: Tensor | None, batch: int
+    ) -> StatexCache | None:
+        if past_key_values is not None:
+            if not isinstance(past_key_values, StatexCache):
+                raise ValueError(f"past_key_values must be a StatexCache, not a {type(past_key_values).__name__}")
+            if len(past_key_values.layers) != len(self.layers):
+                raise ValueError(f"past_key_values has {len(past_key_values.layers)} layers, the model {len(self.layers)}")
+            if (read := next(iter(past_key_values.tensors), None)) is not None and len(read) != batch:
+                raise ValueError(f"past_key_values has read {len(read)} rows, now there are {batch}")
         if cu_seqlens is not None and (use_cache or past_key_values is not None):
             raise ValueError("a cache holds one state per row, packed rows (cu_seqlens) have several; run with use_cache=False")
         # A checkpointed block runs twice, and must not read what its first run left in the cache.
-        if self.gradient_checkpointing and self.training:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if past_key_values is not None and past_key_values.is_initialized:
+                raise ValueError("gradient checkpointing cannot go on from past_key_values; run without gradients, or without it")
             return None
         if past_key_values is None and use_cache:
             return StatexCache(len(self.layers))
         return past_key_values
 
 
-def _local_mask(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
-    """The mask of the tokens at hand, or None where nothing is padded.
+def _local_mask(attention_mask: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """The mask of the tokens at hand `[B, T]`, or None where nothing is padded.
 
     Whether a mask is all ones can be seen for free on a CPU only; elsewhere looking would make the host wait for the device.
     """
-    if attention_mask is None or tokens == 1 < attention_mask.shape[-1]:
-        return None  # a token generated after others is never padding
-    if attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask must be [batch, tokens], not {list(attention_mask.shape)}")
-    local = attention_mask[:, -tokens:]
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != shape[0] or attention_mask.shape[1] < shape[1]:
+        raise ValueError(f"attention_mask must be [{shape[0]}, {shape[1]} or more tokens], not {list(attention_mask.shape)}")
+    local = attention_mask[:, -shape[1] :] if shape[1] else attention_mask[:, :0]
     if not torch.compiler.is_compiling() and local.device.type == "cpu" and bool(local.all()):
         return None
     return local
+
+
+def _packed_borders(
+    shape: torch.Size, cu_seq_lens_q: Tensor | None = None, position_ids: Tensor | None = None, **_: Any
+) -> Tensor | None:
+    """Borders of packed sequences, `cu_seqlens`, from what transformers' padding-free collators give; None where nothing is packed.
+
+    Args:
+        shape: `[B, T]`.
+        cu_seq_lens_q: such borders themselves.
+        position_ids: `[1, T]`, which start again at 0 with every sequence. Rows of a batch are not taken for packed.
+    """
+    if cu_seq_lens_q is not None:
+        return cu_seq_lens_q
+    if position_ids is None or position_ids.shape != shape or shape[0] != 1 or shape[1] < 2 or torch.compiler.is_compiling():
+        return None
+    inner = 1 + position_ids[0, 1:].eq(0).nonzero()[:, 0]
+    return torch.cat([inner.new_zeros(1), inner, inner.new_tensor([shape[1]])]) if len(inner) else None
 
 
 class StatexForCausalLM(StatexPreTrainedModel, GenerationMixin):
@@ -264,6 +301,8 @@ class StatexForCausalLM(StatexPreTrainedModel, GenerationMixin):
         """As in transformers. On a GPU one token's forward is captured and replayed as a CUDA graph, unless `disable_compile`."""
         config = kwargs.get("generation_config", args[1] if len(args) > 1 else None) or self.generation_config
         wanted = not kwargs.get("disable_compile", config.disable_compile) and can_capture(self)
+        # A graph takes every single token for a real one, which the first of a prompt that is read one by one may not be.
+        wanted = wanted and kwargs.get("prefill_chunk_size", config.prefill_chunk_size) != 1
         token = CURRENT.set(TokenGraph() if wanted else None)
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
@@ -295,7 +334,8 @@ class StatexForCausalLM(StatexPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: `[B, T]`; or inputs_embeds: `[B, T, hidden]`.
-            attention_mask: `[B, >= T]`, 0 at padded tokens, which change no state; pad on the left to generate.
+            attention_mask: `[B, >= T]`, 0 at padded tokens, which change no recurrent state; pad on the left to generate. Short
+                convolutions see zeros in their place, so that padding behind a token is not the same as none.
             past_key_values: what an earlier call returned; changed in place.
             labels: `[B, T]`, shifted here (the logits at t are scored by the label at t+1), -100 where no loss is wanted.
             use_cache: whether to return `past_key_values`; by default as in the config, but not in training, with labels or packed
@@ -305,10 +345,13 @@ class StatexForCausalLM(StatexPreTrainedModel, GenerationMixin):
             cu_seqlens: `[N + 1]` borders of sequences packed one after another into the B rows, counted over all B·T tokens, from 0
                 to B·T: states and convolutions restart at each. Row ends should be among them. The caller sets the label of each
                 sequence's first token to -100.
-            kwargs: `num_items_in_batch` divides the summed loss, as the Trainer wants under gradient accumulation.
+            kwargs: `num_items_in_batch` divides the summed loss, as the Trainer wants under gradient accumulation. `cu_seq_lens_q`
+                or `position_ids` of transformers' padding-free collators stand for `cu_seqlens`.
         """
         if use_cache is None and labels is not None:
             use_cache = False
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if (graph := current_graph()) is not None and input_ids is not None and past_key_values is not None:
             bare = inputs_embeds is None and labels is None and cu_seqlens is None and not output_hidden_states
             if bare and input_ids.shape[1] == 1 and past_key_values.is_initialized:
@@ -322,6 +365,7 @@ class StatexForCausalLM(StatexPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             cu_seqlens=cu_seqlens,
+            **{name: kwargs[name] for name in ("cu_seq_lens_q", "position_ids") if name in kwargs},
         )
         hidden_states = outputs.last_hidden_state
         loss: Tensor | None = None

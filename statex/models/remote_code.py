@@ -8,6 +8,7 @@ checked here: had a mixer read a family table, the export would break elsewhere.
 from __future__ import annotations
 
 import ast
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -110,6 +111,19 @@ def _source(module: str) -> tuple[str, bool] | None:
     return (file.read_text(encoding="utf-8"), False) if file.is_file() else None
 
 
+@cache
+def _bound_names(module: str) -> frozenset[str]:
+    """What a module binds at its top, but for modules that it imports: a function may have the name of the file it lies in."""
+    found = _source(module)
+    names = set[str]()
+    for node in ast.parse(found[0]).body if found else []:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {alias.asname or alias.name for alias in node.names}
+    return frozenset(names)
+
+
 def _flatten(module: str) -> tuple[str, list[str]]:
     """A module's text with flat imports, and the modules that it imports."""
     found = _source(module)
@@ -152,7 +166,7 @@ def _flat_import(node: ast.ImportFrom, package: str) -> tuple[list[str], list[st
     lines, modules, names = [], list[str](), list[str]()
     for alias in node.names:
         submodule = f"{base}.{alias.name}"
-        if _source(submodule) is None:
+        if _source(submodule) is None or alias.name in _bound_names(base):
             names.append(alias.name if alias.asname is None else f"{alias.name} as {alias.asname}")
             continue
         flat = _flat_name(submodule)

@@ -16,7 +16,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from statex.errors import CheckpointError
 from statex.models import load
 from statex.models.remote_code import AUTO_MAP, export_hf, flat_modules
-from tests.models.build import build, tokens
+from tests.models.build import DESCRIPTIONS, build, tokens
 
 WITHOUT_STATEX = """
 import json, sys
@@ -39,7 +39,7 @@ print(config.description.family, type(model).__module__)
 """
 
 
-@pytest.mark.parametrize("name", ["gla-expanded", "mamba2-expanded"])
+@pytest.mark.parametrize("name", [name for name in DESCRIPTIONS if name.endswith("-expanded")])
 @torch.no_grad()
 def test_an_export_gives_the_same_logits_and_generation_where_statex_cannot_be_imported(name: str, tmp_path: Path) -> None:
     model, ids = build(name), tokens(2, 6)
