@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import EvaluationError
 from .capacity import CapacityRatio, capacity_ratios
+from .listed import listed
 from .result import ACCURACY, Cell, EvalResult, TaskResult, load_result, write_text, writing
 from .statistics import Difference, holm, paired_difference
 
@@ -148,6 +149,7 @@ def compare(
         EvaluationError: fewer than two results, no task in common, another number of names than of results, or a result that cannot
             be read.
     """
+    results, names = listed(results), listed(names)
     if len(results) < 2:
         raise EvaluationError(
             "a comparison needs two results or more", where="compare", fix="Give the folders of several `statex eval` runs"

@@ -18,6 +18,7 @@ from torch import nn
 from .. import __version__
 from ..errors import EvaluationError
 from .harness import Harness
+from .listed import listed
 from .result import EvalResult, TaskResult, check_folder
 from .subject import Subject, load_subject
 from .task import Context, Options, Schedule, Task
@@ -33,16 +34,16 @@ SAMPLES = 50
 
 def evaluate(
     checkpoint: str | Path | nn.Module,
-    tasks: Sequence[str] | None = None,
+    tasks: str | Sequence[str] | None = None,
     *,
-    suites: Sequence[str] | None = None,
-    lm_eval: Sequence[str] | None = None,
+    suites: str | Sequence[str] | None = None,
+    lm_eval: str | Sequence[str] | None = None,
     out: str | Path | None = None,
-    lengths: Sequence[int] | None = None,
-    depths: Sequence[float] | None = None,
-    num_pairs: Sequence[int] | None = None,
+    lengths: int | Sequence[int] | None = None,
+    depths: float | Sequence[float] | None = None,
+    num_pairs: int | Sequence[int] | None = None,
     samples: int | None = None,
-    shots: Sequence[int] | None = None,
+    shots: int | Sequence[int] | None = None,
     needles: int | None = None,
     data: str | Path | Sequence[str | Path] | None = None,
     data_dir: str | Path | None = None,
@@ -55,10 +56,10 @@ def evaluate(
     resume: bool = False,
     progress: bool = True,
 ) -> EvalResult:
-    """Measure a checkpoint.
+    """Measure a checkpoint. Options that take several values take one alone as well.
 
     Args:
-        checkpoint: a checkpoint folder, a hub id, or a loaded causal language model (then with `tokenizer`).
+        checkpoint: a checkpoint folder, a hub id, or a loaded causal language model (then with `tokenizer`), which stays as it is.
         tasks: names from `TASKS`; by default mqar, passkey, niah and, with `data`, perplexity.
         suites: names from `SUITES`, whose tasks follow `tasks`. A suite's task that lacks something (data, a length with room for
             it) is left out, with its reason in `settings["left_out"]`; a task asked for by name must run.
@@ -74,7 +75,8 @@ def evaluate(
         data_dir: folder with the question sets that tasks read (`sources.py` lists their files).
         seed: of all draws; equal seeds and tokenizers give equal inputs, which `compare` pairs.
         batch_size: rows of a forward pass; by default as many as make 4,096 tokens on a CPU, 65,536 elsewhere.
-        device, dtype: where and in what to compute; by default the GPU if there is one, and fp32 on a CPU.
+        device, dtype: where and in what to compute; by default the GPU if there is one, and fp32 on a CPU. A loaded model is
+            measured where and as it is, and with another device or dtype as a copy, which needs memory of its own.
         tokenizer: a tokenizer, its folder or hub id; by default the checkpoint's own.
         name: what reports call the checkpoint; by default its folder's name.
         resume: go on where an interrupted evaluation into `out` stopped; its finished jobs stand beside it, in
@@ -84,6 +86,7 @@ def evaluate(
     Raises:
         EvaluationError: unknown task or suite, missing or short data, no tokenizer, options out of range, not enough memory,
             nothing to resume, lm-eval or the data of its tasks missing.
+        StatexError: an unknown dtype, or a device that is not there.
         CheckpointError: the checkpoint cannot be read.
     """
     if out is not None:
@@ -92,14 +95,15 @@ def evaluate(
         raise EvaluationError(
             "nothing is kept without an output folder", where="resume", fix="Give the --out of the interrupted run"
         )
+    tasks, suites, lm_eval = (listed(names) for names in (tasks, suites, lm_eval))
     named = get_tasks(tasks, have_data=data is not None) if tasks is not None or not (suites or lm_eval) else []
     of_suites = [task for task in (get_suites(suites) if suites is not None else []) if task not in named]
     options = Options(
         lengths=_whole(lengths, LENGTHS, "lengths"),
-        lengths_given=bool(lengths),
-        depths=tuple(float(depth) for depth in depths or DEPTHS),
+        lengths_given=bool(listed(lengths)),
+        depths=tuple(float(depth) for depth in listed(depths) or DEPTHS),
         num_pairs=_whole(num_pairs, NUM_PAIRS, "num_pairs"),
-        samples=_whole(None if samples is None else [samples], (SAMPLES,), "samples")[0],
+        samples=_whole(samples, (SAMPLES,), "samples")[0],
         seed=_seed(seed),
         data=tuple(data) if data is not None and not isinstance(data, str | Path) else data,
         data_dir=data_dir,
@@ -241,8 +245,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"system": platform.system(), "device": name, "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
-def _whole(values: Sequence[int] | None, default: tuple[int, ...], where: str, least: int = 1) -> tuple[int, ...]:
-    found = tuple(values) if values else default
+def _whole(values: int | Sequence[int] | None, default: tuple[int, ...], where: str, least: int = 1) -> tuple[int, ...]:
+    found = tuple(listed(values) or default)
     for value in found:
         if value != int(value) or value < least:
             kind = "positive whole numbers" if least == 1 else f"whole numbers from {least}"

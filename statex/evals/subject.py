@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -60,17 +60,17 @@ class Subject:
         *,
         identity: dict[str, Any] | None = None,
         batch_size: int | None = None,
-        device: str | torch.device | None = None,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise EvaluationError(f"the batch size is {batch_size}", where="batch_size", fix="Give a number from 1")
-        self.model = model if device is None else model.to(device)
+        self.model = model
         self.tokenizer = tokenizer
         self.identity = identity or describe_model(model)
         self.batch_size = batch_size
         first = next(model.parameters(), None)
-        self.device = first.device if first is not None else torch.device(device or "cpu")
-        self.dtype = first.dtype if first is not None else torch.float32
+        self.device = first.device if first is not None else torch.device("cpu")
+        # Of the project's models the first parameter may be one that stays fp32; they say themselves what they compute in.
+        self.dtype = getattr(model, "dtype", None) or (first.dtype if first is not None else torch.float32)
         config = getattr(model, "config", None)
         self._vocabulary = int(getattr(config, "vocab_size", None) or len(tokenizer))
         description = getattr(config, "description", None)
@@ -79,15 +79,9 @@ class Subject:
         # Recurrent models know no last position, though some configs of theirs name one.
         self._positions = None if self.branches else getattr(config, "max_position_embeddings", None)
 
-    @contextmanager
-    def evaluation_mode(self) -> Iterator[None]:
-        """No dropout while this is open; a model that was being trained goes on training after."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            yield
-        finally:
-            self.model.train(training)
+    def evaluation_mode(self) -> AbstractContextManager[None]:
+        """No dropout while this is open; see the function of this name."""
+        return evaluation_mode(self.model)
 
     @torch.inference_mode()
     def score(self, ids: np.ndarray, keep: int, advance: Advance = lambda rows: None) -> Scores:
@@ -210,18 +204,20 @@ def load_subject(
 ) -> Subject:
     """A subject from a checkpoint folder, a hub id or a loaded model (which then needs its tokenizer).
 
-    The weights are computed in fp32 on a CPU and in the checkpoint's own dtype elsewhere, unless `dtype` says otherwise.
+    The weights are computed in fp32 on a CPU and in the checkpoint's own dtype elsewhere, unless `dtype` says otherwise. A loaded
+    model is taken as it is and where it is; with another `dtype` or `device` the subject is a copy of it.
 
     Raises:
-        EvaluationError: no tokenizer, an unknown dtype, or a device that is not there.
+        EvaluationError: a loaded model without a tokenizer.
+        StatexError: an unknown dtype, or a device that is not there.
         CheckpointError: the checkpoint cannot be read.
     """
     wanted = parse_dtype(dtype)
     if isinstance(checkpoint, nn.Module):
         if tokenizer is None:
             raise EvaluationError("a loaded model comes without a tokenizer", where="tokenizer", fix="Pass tokenizer= as well")
-        model = checkpoint if wanted is None else checkpoint.to(wanted)
-        return Subject(model, find_tokenizer(tokenizer), batch_size=batch_size, device=device)
+        model = convert_model(checkpoint, dtype=wanted, device=None if device is None else pick_device(device))
+        return Subject(model, find_tokenizer(tokenizer), batch_size=batch_size)
     place = pick_device(device)
     if wanted is None and place.type == "cpu":
         wanted = torch.float32
@@ -243,6 +239,26 @@ def load_model(checkpoint: str | Path, *, dtype: torch.dtype | None, device: tor
     from ..models import load
 
     return load(checkpoint, dtype=dtype, device=device)
+
+
+def convert_model(model: nn.Module, *, dtype: torch.dtype | None, device: torch.device | None) -> nn.Module:
+    """A loaded model in this dtype and on this device; a copy unless it is so already."""
+    from ..models.loading import converted
+
+    return converted(model, dtype=dtype, device=device)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout while this is open; a model that was being trained goes on training after, but for parts that were not."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(modes[model])
+        for module, training in modes.items():
+            module.training = training
 
 
 def find_tokenizer(source: Encoder | str | Path) -> Encoder:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import EvaluationError, StatexError
 from ..models.named import parse_dtype, pick_device
 from .passage import PASSAGE
-from .subject import describe_model, find_tokenizer, load_model, provenance
+from .subject import convert_model, describe_model, evaluation_mode, find_tokenizer, load_model, provenance
 from .text import Encoder, encode, read_documents, source_name, start_ids
 
 if TYPE_CHECKING:
@@ -131,7 +131,8 @@ def verify(
     """Run two checkpoints over the same text, one after the other (so memory holds one of them), and compare their logits.
 
     Args:
-        base, expanded: checkpoint folders, hub ids, or loaded models.
+        base, expanded: checkpoint folders, hub ids, or loaded models. Those stay as they are: where dtype or device differ, a copy
+            is run.
         data: text file or files; by default a built-in passage of a novel.
         max_tokens: tokens to run, in windows of 512.
         tokenizer: a tokenizer, its folder or hub id; by default the base's. Without one the bytes of the text serve as token ids,
@@ -139,12 +140,14 @@ def verify(
         dtype: what to compute in. fp64 tells rounding from a small change of function by nine more digits.
         must_match: whether a difference is a failure; by default it is, unless the plan's init is not `preserve` or the expanded
             checkpoint was fine-tuned.
+        device: where to compute; by default loaded models stay where they are, and others go to the GPU if there is one.
 
     Raises:
         EvaluationError: no text, fewer than two tokens, models of different vocabularies.
+        StatexError: an unknown dtype, or a device that is not there.
         CheckpointError: a checkpoint cannot be read.
     """
-    precision, place = parse_dtype(dtype) or torch.float32, pick_device(device)
+    precision, place = parse_dtype(dtype) or torch.float32, None if device is None else pick_device(device)
     if max_tokens < 2:
         raise EvaluationError(f"{max_tokens} tokens compare nothing", where="max_tokens", fix="Give 2 or more")
     names = _name(base), _name(expanded)
@@ -152,19 +155,21 @@ def verify(
     model = _load(base, precision, place)
     before, made = describe_model(model), provenance(model)
     windows, notes = _windows(base, model, tokenizer, data, max_tokens)
-    reference = list(_logits(model, windows))
+    with evaluation_mode(model):
+        reference = list(_logits(model, windows))
     del model
     model = _load(expanded, precision, place)
     after = describe_model(model)
     differences = _Differences()
-    for first, second in zip(reference, _logits(model, windows), strict=True):
-        if first.shape != second.shape:
-            raise EvaluationError(
-                f"the vocabularies have {first.shape[-1]} and {second.shape[-1]} tokens",
-                where=" and ".join(names),
-                fix="Compare a checkpoint with its own expansion",
-            )
-        differences.add(first, second)
+    with evaluation_mode(model):
+        for first, second in zip(reference, _logits(model, windows), strict=True):
+            if first.shape != second.shape:
+                raise EvaluationError(
+                    f"the vocabularies have {first.shape[-1]} and {second.shape[-1]} tokens",
+                    where=" and ".join(names),
+                    fix="Compare a checkpoint with its own expansion",
+                )
+            differences.add(first, second)
     changes = _intended_changes(made, provenance(model))
     layers = _layers(model)
     states = before.get("state_elements"), after.get("state_elements")
@@ -286,8 +291,10 @@ def _tokenizer_source(base: str | Path | nn.Module) -> str | Path:
     return base
 
 
-def _load(checkpoint: str | Path | nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    return checkpoint.eval() if isinstance(checkpoint, nn.Module) else load_model(checkpoint, dtype=dtype, device=device)
+def _load(checkpoint: str | Path | nn.Module, dtype: torch.dtype, device: torch.device | None) -> nn.Module:
+    if isinstance(checkpoint, nn.Module):
+        return convert_model(checkpoint, dtype=dtype, device=device)
+    return load_model(checkpoint, dtype=dtype, device=device or pick_device(None))
 
 
 def _layers(model: nn.Module) -> int:

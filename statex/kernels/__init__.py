@@ -16,6 +16,7 @@ from torch import Tensor
 from . import chunked_gla, chunked_ssd, reference, signed, triton_backend
 from .checks import check_gla, check_ssd
 from .delta import delta_rule, delta_rule_step
+from .empty import empty_result
 from .hgrn import hgrn
 from .lift import lift
 from .packed import run_in_buckets
@@ -90,11 +91,14 @@ def gla(
         o `[B, T, Hq, V]` in the dtype of `q`, and the final state `[N, H, factor * K, V]` in float32 (float64), or None.
 
     Raises:
-        ValueError: shapes or devices that disagree, borders that do not run from 0 to T, a log-decay above 0, a backend that
-            is unknown or cannot take them.
+        ValueError: dtypes that are not real floating point, sizes of 0 (but for batch and T), shapes or devices that disagree,
+            borders that do not run from 0 to T, a log-decay above 0, a backend that is unknown or cannot take them.
     """
     module = _module(backend, "gla", q)
-    check_gla(q, k, v, log_decay, mixing, lift_gamma, spectrum, initial_state, cu_seqlens)
+    state_shape = check_gla(q, k, v, log_decay, mixing, lift_gamma, spectrum, initial_state, cu_seqlens)
+    if q.numel() == 0:
+        inputs = (q, k, v, log_decay, mixing, lift_gamma, spectrum)
+        return empty_result(inputs, (*q.shape[:3], v.shape[-1]), state_shape, initial_state, output_final_state)
     options: dict[str, Any] = {
         "scale": scale, "mixing": mixing, "lift_gamma": lift_gamma, "initial_state": initial_state,
         "output_final_state": output_final_state, "cu_seqlens": cu_seqlens,
@@ -156,11 +160,14 @@ def ssd(
         y `[B, T, H, P]` in the dtype of `x`, and the final state `[sequences, H, factor * N, P]` in float32 (float64), or None.
 
     Raises:
-        ValueError: shapes or devices that disagree, borders that do not run from 0 to T, A above 0 or dt below 0, a backend that
-            is unknown or cannot take them.
+        ValueError: dtypes that are not real floating point, sizes of 0 (but for batch and T), shapes or devices that disagree,
+            borders that do not run from 0 to T, A above 0 or dt below 0, a backend that is unknown or cannot take them.
     """
     module = _module(backend, "ssd", x)
-    check_ssd(x, dt, A, B, C, D, lift_gamma, spectrum, initial_state, cu_seqlens)
+    state_shape = check_ssd(x, dt, A, B, C, D, lift_gamma, spectrum, initial_state, cu_seqlens)
+    if x.numel() == 0:
+        inputs = (x, dt, A, B, C, D, lift_gamma, spectrum)
+        return empty_result(inputs, x.shape, state_shape, initial_state, output_final_state)
     options: dict[str, Any] = {
         "D": D, "lift_gamma": lift_gamma, "initial_state": initial_state,
         "output_final_state": output_final_state, "cu_seqlens": cu_seqlens,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import chunked_delta, reference_delta, triton_backend
 from .checks import check_delta, check_delta_step
+from .empty import empty_result
 from .packed import run_in_buckets
 
 FORMS: dict[str, ModuleType] = {"reference": reference_delta, "chunked": chunked_delta}
@@ -35,6 +36,8 @@ def delta_rule(
     under k_t by 1 - beta_t |k_t|², which must lie in [-1, 1]. Triton kernels multiply in bfloat16 where values are bfloat16, with
     float32 sums and states, and round wider keys such that this factor stays as it is.
 
+    `torch.func` needs the reference, gradients of gradients the reference or the chunked form.
+
     Args:
         q: `[B, T, Hq, K]`; Hq divides Hk, and head h of H reads query h // (H / Hq).
         k: `[B, T, Hk, K]`; Hk divides H, and head h of H writes under key h // (H / Hk). K may be of any size.
@@ -52,11 +55,13 @@ def delta_rule(
         o `[B, T, H, V]` in the dtype of `v`, and the final state `[N, H, K, V]` in float32 (float64), or None.
 
     Raises:
-        ValueError: shapes or devices that disagree, borders that do not run from 0 to T, a log-decay above 0, a backend that
-            is unknown or cannot take them.
+        ValueError: dtypes that are not real floating point, sizes of 0 (but for batch and T), shapes or devices that disagree,
+            borders that do not run from 0 to T, a log-decay above 0, a backend that is unknown or cannot take them.
     """
     module = _form(backend, k, v)
-    check_delta(q, k, v, beta, log_decay, initial_state, cu_seqlens)
+    state_shape = check_delta(q, k, v, beta, log_decay, initial_state, cu_seqlens)
+    if v.numel() == 0:
+        return empty_result((v, q, k, beta, log_decay), v.shape, state_shape, initial_state, output_final_state)
     with torch.autocast(v.device.type, enabled=False):
         if cu_seqlens is None or module is reference_delta or (initial_state is None and not output_final_state):
             return module.delta_rule(
@@ -96,7 +101,7 @@ def delta_rule_step(
         `[B, H, V]` in the dtype of `v`.
 
     Raises:
-        ValueError: shapes or devices that disagree.
+        ValueError: dtypes that are not real floating point, sizes of 0 but for the batch, shapes or devices that disagree.
     """
     check_delta_step(q, k, v, beta, log_decay, state)
     if (kernel := triton_backend.step_kernel(state, "delta_step")) is not None:

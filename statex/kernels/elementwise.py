@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 STEPS = 32
 """Runs up to this length go step by step."""
@@ -45,12 +44,11 @@ class _LinearScan(torch.autograd.Function):
         return states
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         decay, states, initial = ctx.saved_tensors
         # dh_t = gradient_t + decay_{t+1} dh_{t+1}: the same recurrence, from the last token to the first.
         following = torch.cat([decay[:, 1:], torch.zeros_like(decay[:, :1])], 1).flip(1)
-        reached = _scan(following, gradient.flip(1), torch.zeros_like(initial)).flip(1)
+        reached = linear_scan(following, gradient.flip(1), torch.zeros_like(initial)).flip(1)
         before = torch.cat([initial[:, None], states[:, :-1]], 1)
         return reached * before, reached, reached[:, 0] * decay[:, 0]
 

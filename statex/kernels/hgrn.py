@@ -15,6 +15,7 @@ from . import reference_scan, triton_backend
 from .checks import check_hgrn
 from .chunking import sequence_ids
 from .elementwise import linear_scan
+from .empty import empty_result
 from .packed import run_in_buckets
 
 
@@ -29,6 +30,8 @@ def hgrn(
 ) -> tuple[Tensor, Tensor | None]:
     """h_t = exp(log_decay_t) ∘ h_{t-1} + x_t, in float32 (float64 for float64 inputs) whatever autocast says.
 
+    `torch.func` needs the reference, gradients of gradients the reference or the chunked form.
+
     Args:
         x: `[B, T, D]`, what is written: (1 - decay) ∘ value in HGRN.
         log_decay: `[B, T, D]`, nats, at most 0; -inf forgets everything.
@@ -42,11 +45,13 @@ def hgrn(
         h `[B, T, D]` in the dtype of `x`, and the final state `[N, D]` in float32 (float64), or None.
 
     Raises:
-        ValueError: shapes or devices that disagree, borders that do not run from 0 to T, a log-decay above 0, a backend that
-            is unknown or cannot take them.
+        ValueError: dtypes that are not real floating point, sizes of 0 (but for batch and T), shapes or devices that disagree,
+            borders that do not run from 0 to T, a log-decay above 0, a backend that is unknown or cannot take them.
     """
     scan = _form(backend, x)
-    check_hgrn(x, log_decay, initial_state, cu_seqlens)
+    state_shape = check_hgrn(x, log_decay, initial_state, cu_seqlens)
+    if x.numel() == 0:
+        return empty_result((x, log_decay), x.shape, state_shape, initial_state, output_final_state)
     with torch.autocast(x.device.type, enabled=False):
         if scan is None:
             return reference_scan.hgrn(

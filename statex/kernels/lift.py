@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_tensors
+
 FLOOR = 1e-4
 """Added to the mean square under the root, so that a zero key has zero features and finite gradients."""
 
@@ -23,8 +25,9 @@ def lift(x: Tensor, factor: int) -> Tensor:
         `[..., (factor - 1) * K]` in the dtype of `x`.
 
     Raises:
-        ValueError: `factor` is below 2, or above K, where rolls would repeat.
+        ValueError: `x` is not of real floating point, or `factor` is below 2, or above K, where rolls would repeat.
     """
+    check_tensors(x=x)
     if not 2 <= factor <= x.shape[-1]:
         raise ValueError(f"lift factor must lie in 2..{x.shape[-1]} (the key's channels), got {factor}")
     wide = x if x.dtype == torch.float64 else x.float()

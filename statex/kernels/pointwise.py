@@ -55,7 +55,7 @@ def norm(
         dtype: of the result; by default x's.
 
     Raises:
-        ValueError: shapes or devices that disagree.
+        ValueError: dtypes that are not real floating point, shapes or devices that disagree.
     """
     check_norm(x, weight, gate, groups)
     dtype = x.dtype if dtype is None else dtype
@@ -96,7 +96,7 @@ def residual_norm(
         the sum, in the wider dtype of both, and its norm.
 
     Raises:
-        ValueError: shapes or devices that disagree.
+        ValueError: dtypes that are not real floating point, shapes or devices that disagree.
     """
     check_residual_norm(x, update, weight)
     dtype = x.dtype if dtype is None else dtype
@@ -111,7 +111,7 @@ def residual_norm(
 def gated_product(gate: Tensor, up: Tensor, activation: str | None) -> Tensor:
     """act(gate) · up, both `[..., channels]`; the heart of a gated MLP (arXiv 2002.05202). Computed as `norm` is, in up's dtype.
 
-    Raises `ValueError` on shapes or devices that disagree.
+    Raises `ValueError` on dtypes that are not real floating point, and on shapes or devices that disagree.
     """
     check_gated_product(gate, up)
     name = ALIASES.get(activation, activation)
@@ -135,7 +135,7 @@ def time_steps(x: Tensor, bias: Tensor, low: float = 0.0, high: float | None = N
         like x, in float32 or x's higher precision.
 
     Raises:
-        ValueError: shapes or devices that disagree.
+        ValueError: dtypes that are not real floating point, shapes or devices that disagree.
     """
     check_time_steps(x, bias)
     if (kernels := _kernels("identity", x, bias)) is not None:
@@ -161,7 +161,7 @@ def short_convolution(
         `[B, T, channels]` in x's dtype.
 
     Raises:
-        ValueError: shapes or devices that disagree.
+        ValueError: dtypes that are not real floating point, shapes or devices that disagree.
     """
     return short_convolution_parts(x, taps, bias, (x.shape[-1],), since_start, activation)[0]
 
@@ -184,7 +184,7 @@ def short_convolution_parts(
         `[B, T, size]` for each part.
 
     Raises:
-        ValueError: shapes or devices that disagree, sizes that do not add up.
+        ValueError: dtypes that are not real floating point, shapes or devices that disagree, sizes that do not add up.
     """
     check_convolution(x, taps, bias, since_start, sizes)
     name = ALIASES.get(activation, activation)
@@ -220,7 +220,7 @@ def short_convolution_step(x: Tensor, state: Tensor, taps: Tensor, bias: Tensor 
         `[B, channels]` in x's dtype.
 
     Raises:
-        ValueError: shapes, devices or dtypes that disagree.
+        ValueError: dtypes that are not real floating point, shapes, devices or dtypes that disagree.
     """
     check_convolution_step(x, state, taps, bias)
     name, width = ALIASES.get(activation, activation), taps.shape[1]
@@ -252,7 +252,7 @@ def low_rank_log_decay(
         `[..., channels]`, float32 or x's higher precision.
 
     Raises:
-        ValueError: shapes or devices that disagree.
+        ValueError: dtypes that are not real floating point, shapes or devices that disagree.
     """
     check_low_rank(x, down, up, bias)
     with torch.autocast(x.device.type, enabled=False):
@@ -272,9 +272,9 @@ def log_decay(gates: Tensor, *, normalizer: float, least: float | None = None) -
 
 
 def _kernels(activation: str | None, *tensors: Tensor | None, module: str = "pointwise") -> ModuleType | None:
-    """The Triton kernels, where they take such tensors. What is compiled is fused by the compiler."""
+    """The Triton kernels, where they take such tensors, none of them empty. What is compiled is fused by the compiler."""
     given = [x for x in tensors if x is not None]
-    if torch.compiler.is_compiling() or not all(x.is_cuda and x.dtype != torch.float64 for x in given):
+    if torch.compiler.is_compiling() or not all(x.is_cuda and x.dtype != torch.float64 and x.numel() for x in given):
         return None
     return triton_backend.MODULES.get(module) if activation in FUSED else None
 

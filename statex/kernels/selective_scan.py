@@ -16,6 +16,7 @@ from . import reference_scan, triton_backend
 from .checks import check_selective_scan, check_selective_scan_step
 from .chunking import Packing, run_segments
 from .elementwise import linear_scan
+from .empty import empty_result
 from .lift import lift_factor, lifted_key, lifted_query
 from .packed import run_in_buckets
 
@@ -40,6 +41,8 @@ def selective_scan(
     S_t[n, i] = exp(dt_t[i] A[i, n]) S_{t-1}[n, i] + B_t[n] dt_t[i] x_t[i] and y_t = C_t S_t + D x_t, computed in float32 (float64
     for float64 inputs) whatever autocast says.
 
+    `torch.func` needs the reference, gradients of gradients the reference or the chunked form.
+
     Args:
         x: `[B, T, I]`.
         dt: `[B, T, I]`, after softplus.
@@ -58,11 +61,14 @@ def selective_scan(
         y `[B, T, I]` in the dtype of `x`, and the final state `[sequences, 1, factor * N, I]` in float32 (float64), or None.
 
     Raises:
-        ValueError: shapes or devices that disagree, borders that do not run from 0 to T, A above 0 or dt below 0, a backend that
-            is unknown or cannot take them.
+        ValueError: dtypes that are not real floating point, sizes of 0 (but for batch and T), shapes or devices that disagree,
+            borders that do not run from 0 to T, A above 0 or dt below 0, a backend that is unknown or cannot take them.
     """
     scan = _form(backend, x)
-    check_selective_scan(x, dt, A, B, C, D, lift_gamma, spectrum, initial_state, cu_seqlens)
+    state_shape = check_selective_scan(x, dt, A, B, C, D, lift_gamma, spectrum, initial_state, cu_seqlens)
+    if x.numel() == 0:
+        inputs = (x, dt, A, B, C, D, lift_gamma, spectrum)
+        return empty_result(inputs, x.shape, state_shape, initial_state, output_final_state)
     with torch.autocast(x.device.type, enabled=False):
         if scan is None:
             return reference_scan.selective_scan(
@@ -178,7 +184,7 @@ def selective_scan_step(
         `[B, I]` in the dtype of `x`.
 
     Raises:
-        ValueError: shapes or devices that disagree.
+        ValueError: dtypes that are not real floating point, sizes of 0 but for the batch, shapes or devices that disagree.
     """
     check_selective_scan_step(x, dt, A, B, C, state, D, lift_gamma, spectrum)
     if (kernel := triton_backend.step_kernel(state, "scan_step")) is not None:

@@ -37,7 +37,7 @@ def gla_step(
         `[B, Hq, V]` in the dtype of `q`.
 
     Raises:
-        ValueError: shapes or devices that disagree.
+        ValueError: dtypes that are not real floating point, sizes of 0 but for the batch, shapes or devices that disagree.
     """
     check_gla_step(q, k, v, log_decay, state, mixing, lift_gamma, spectrum)
     if (kernel := step_kernel(state)) is not None:
@@ -84,7 +84,7 @@ def ssd_step(
         `[B, H, P]` in the dtype of `x`.
 
     Raises:
-        ValueError: shapes or devices that disagree.
+        ValueError: dtypes that are not real floating point, sizes of 0 but for the batch, shapes or devices that disagree.
     """
     check_ssd_step(x, dt, A, B, C, state, D, lift_gamma, spectrum)
     if (kernel := step_kernel(state)) is not None:

@@ -91,5 +91,5 @@ def _shared_memory(device: torch.device) -> int:
 
 def step_kernel(state: Tensor, name: str = "step") -> ModuleType | None:
     """A module of one-token kernels, if they can update this state in place."""
-    fits = state.is_cuda and state.dtype in (torch.float32, torch.bfloat16) and state.stride(-1) == 1
+    fits = state.is_cuda and state.dtype in (torch.float32, torch.bfloat16) and state.stride(-1) == 1 and state.numel() > 0
     return MODULES[name] if MODULES and fits else None

@@ -35,7 +35,7 @@ def load_tokenizer(
         raise CheckpointError(f"the tokenizer cannot be loaded ({first_line(error)})", where=str(where), fix=fix) from error
 
 
-def pick_device(device: str | None) -> torch.device:
+def pick_device(device: str | torch.device | None) -> torch.device:
     """The device asked for, else the first GPU, else the CPU. Raises `StatexError` if it is not there."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -45,16 +45,17 @@ def pick_device(device: str | None) -> torch.device:
         torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = f"the device cannot be used ({first_line(error).split('. ')[0]})"
-        raise StatexError(reason, where=device, fix="Leave --device out, or give cpu or cuda:0") from error
+        raise StatexError(reason, where=str(device), fix="Leave --device out, or give cpu or cuda:0") from error
     return found
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A floating-point dtype by name (`float32`, `fp32`, `bfloat16`, `bf16` ...). Raises `StatexError` on others."""
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
+    """A floating-point dtype, itself or by name (`float32`, `fp32`, `bfloat16`, `bf16` ...). Raises `StatexError` on others."""
+    if dtype is None:
+        return None
     short = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
-    name = short.get(dtype, dtype)
+    name = str(dtype).removeprefix("torch.")
+    name = short.get(name, name)
     if name not in short.values():
         raise StatexError(f"{dtype!r} is not a dtype to compute in", where="dtype", fix=f"Give one of {', '.join(short.values())}")
     found: torch.dtype = getattr(torch, name)

@@ -71,18 +71,20 @@ def copy_recipe(name: str | Path, dest: str | Path, *, force: bool = False) -> P
     return target
 
 
-def load_recipe(name_or_file: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+def load_recipe(name_or_file: str | Path, overrides: str | Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
     """Read, merge and check a recipe; this is also what `statex recipes validate` does.
 
     Args:
         name_or_file: a shipped recipe's name or a YAML file, which may say `extends: NAME_OR_FILE` and then only what differs.
-        overrides: `key.path=value` strings (values as in YAML, list items by their index) or a mapping from key paths to values.
+        overrides: `key.path=value` (values as in YAML, list items by their index), one or several, or a mapping from key paths to
+            values.
 
     Raises:
         RecipeError: no such recipe, not YAML, unknown keys (the message names the nearest one), values of the wrong type or range.
     """
     path = recipe_path(name_or_file)
     values = _merged(path, ())
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     pairs = overrides.items() if isinstance(overrides, Mapping) else (_parse_override(text) for text in overrides)
     for key, value in pairs:
         _set(values, key, value)

@@ -15,7 +15,7 @@ Paths = str | Path | Sequence[str | Path] | None
 
 
 def settle(
-    recipe: str | Path | Recipe | None, data: Paths, held_out: Paths, overrides: Sequence[str] | Mapping[str, Any] = ()
+    recipe: str | Path | Recipe | None, data: Paths, held_out: Paths, overrides: str | Sequence[str] | Mapping[str, Any] = ()
 ) -> Recipe:
     """A complete recipe.
 

@@ -51,7 +51,7 @@ class Expansion:
 def expand_checkpoint(
     path: str | Path,
     out: str | Path | None,
-    plan: Plan | Mapping[str, Any] | None = None,
+    plan: Plan | Mapping[str, Any] | str | Path | None = None,
     *,
     operator: str | None = None,
     factor: int | None = None,
@@ -70,10 +70,10 @@ def expand_checkpoint(
     Args:
         path: a checkpoint folder or hub id.
         out: the folder to write; None only with `dry_run`.
-        plan: a whole plan; or `plan_file`; or one operation from `operator`, `factor`, `layers`, `init` and `options`. What is left
-            out is the family's plan in the StateX paper (arXiv 2509.22630), with init `preserve`. `layers` may be a function, for
-            choices that take long: it is called when all that can be refused has been, with the layers that can take the operation,
-            and returns those to expand.
+        plan: a whole plan, as data or as a file; or `plan_file`; or one operation from `operator`, `factor`, `layers`, `init` and
+            `options`. What is left out is the family's plan in the StateX paper (arXiv 2509.22630), with init `preserve`. `layers`
+            may be a function, for choices that take long: it is called when all that can be refused has been, with the layers that
+            can take the operation, and returns those to expand.
         seed: of every random draw; each draw depends on the seed and its tensor's name only.
         options: the operator's further options, such as `{"mixing": "scalar"}`.
         revision: of a hub id.

@@ -86,7 +86,7 @@ def resolve_plan(
     init: str | None = None,
     seed: int | None = None,
     options: Mapping[str, Any] | None = None,
-    plan: Mapping[str, Any] | None = None,
+    plan: Mapping[str, Any] | str | Path | None = None,
     plan_file: str | Path | None = None,
 ) -> Plan:
     """Turn a plan file, a plan as data, or a few options into a `Plan` for this checkpoint.
@@ -95,7 +95,7 @@ def resolve_plan(
         checkpoint: gives the family and the layers.
         operator, factor, layers, init, options: one operation; what is left out is the family's paper plan, with init `preserve`.
         seed: of every random draw; overrides the seed of a plan; 0 when neither is given.
-        plan, plan_file: a whole plan instead of the above.
+        plan, plan_file: a whole plan, as data or as a file, instead of the above.
 
     Raises:
         PlanError: unknown operator, key or value, an operator that the family cannot take, a layer out of range or named twice for
@@ -103,9 +103,11 @@ def resolve_plan(
     """
     single = {"operator": operator, "layers": layers, "factor": factor, "init": init}
     single = {name: value for name, value in single.items() if value is not None} | dict(options or {})
+    if plan is not None and plan_file is not None:
+        raise PlanError("a plan and a plan file were both given", fix="Give one of them")
+    if isinstance(plan, str | Path):
+        plan_file, plan = plan, None
     if plan_file is not None:
-        if plan is not None:
-            raise PlanError("a plan and a plan file were both given", fix="Give one of them")
         plan = read_plan(plan_file)
     where = "the plan" if plan_file is None else str(plan_file)
     if plan is None:

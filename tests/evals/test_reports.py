@@ -178,6 +178,11 @@ def test_blocks_read_the_same_in_markdown() -> None:
     assert markdown.render(document) == f"# D\n\n## H\n\n**p**\n\n- one\n\n{rows}\n\n```yaml\nk: v\n```\n"
 
 
+def test_one_folder_alone_is_reported(both: Path, tmp_path: Path) -> None:
+    page, *_ = statex.report(str(both / "small"), tmp_path / "out")
+    assert page.name == "report.html"
+
+
 def test_nothing_and_what_is_no_result_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="nothing to report"):
         statex.report([], tmp_path / "out")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console, RenderableType
 
 from statex.errors import EvaluationError, StatexError
@@ -18,8 +19,8 @@ from statex.evals import EvalResult, compare, evaluate, load_result
 from statex.evals.passage import PASSAGE
 from statex.evals.result import ACCURACY
 
-from ..fixtures import write_gla
-from .models import BYTES, Rule, knows_nothing, random_model, recalls
+from ..fixtures import write_gla, write_hgrn
+from .models import BYTES, Rule, knows_nothing, random_model, random_recurrent_model, recalls
 
 OPTIONS = {"lengths": [256, 320], "depths": [0, 1], "num_pairs": [2, 4], "progress": False}
 
@@ -79,8 +80,39 @@ def test_a_loaded_model_needs_a_tokenizer_and_known_names_for_dtype_and_device()
         evaluate(random_model(), ["mqar"], progress=False)
     with pytest.raises(StatexError, match="'int8' is not a dtype"):
         evaluate(random_model(), ["mqar"], tokenizer=BYTES, dtype="int8", progress=False)
+    with pytest.raises(StatexError, match=r"torch\.int8 is not a dtype"):
+        evaluate(random_model(), ["mqar"], tokenizer=BYTES, dtype=torch.int8, progress=False)
+    with pytest.raises(StatexError, match="the device cannot be used"):
+        evaluate(random_model(), ["mqar"], tokenizer=BYTES, device="abacus", progress=False)
     with pytest.raises(StatexError, match="the device cannot be used"):
         evaluate("nowhere", ["mqar"], tokenizer=BYTES, device="abacus", progress=False)
+
+
+def test_a_loaded_model_is_evaluated_in_another_dtype_as_a_copy_and_stays_as_it_is() -> None:
+    model = random_recurrent_model().train()
+    model.model.norm.eval()
+    before = [(weight, weight.dtype, weight.data.clone()) for weight in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    result = evaluate(model, "mqar", num_pairs=2, samples=1, tokenizer=BYTES, dtype="bfloat16", progress=False)
+    assert result.settings["dtype"] == "bfloat16"
+    assert all(weight.dtype == dtype and weight.equal(data) for weight, dtype, data in before)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_a_model_whose_first_parameter_stays_fp32_is_reported_in_the_dtype_of_its_weights(tmp_path: Path) -> None:
+    folder = write_hgrn(tmp_path / "hgrn", vocab_size=259)
+    result = evaluate(folder, "mqar", num_pairs=2, samples=1, tokenizer=BYTES, dtype="bfloat16", progress=False)
+    assert result.settings["dtype"] == "bfloat16"
+
+
+def test_one_value_alone_is_a_list_of_one() -> None:
+    options = {"lengths": 256, "depths": 0.0, "num_pairs": 2, "shots": 2, "samples": 1, "progress": False}
+    result = evaluate(random_model(), "mqar", suites="icl", tokenizer=BYTES, **options)  # type: ignore[arg-type]
+    assert "mqar" in result.tasks
+    assert len(result.tasks) > 1
+    assert [result.settings[key] for key in ("lengths", "depths", "num_pairs", "shots")] == [[256], [0.0], [2], [2]]
+    with pytest.raises(EvaluationError, match="0 is not a whole number from 1"):
+        evaluate(random_model(), "mqar", num_pairs=0, tokenizer=BYTES, progress=False)
 
 
 def test_tasks_that_need_data_are_left_out_when_none_is_named(good: EvalResult) -> None:
@@ -197,6 +229,11 @@ def test_comparisons_that_make_no_sense_are_refused(good: EvalResult, book: Path
         compare([good])
     with pytest.raises(EvaluationError, match="1 names are given for 2 results"):
         compare([good, good], names=["one"])
+    for alone in (good, "results"):
+        with pytest.raises(EvaluationError, match="two results or more"):
+            compare(alone, "other")  # type: ignore[arg-type]
+    with pytest.raises(EvaluationError, match="1 names are given for 2 results"):
+        compare([good, good], names="ab")
     other = evaluate(random_model(), ["mqar"], tokenizer=BYTES, samples=1, num_pairs=[3], progress=False)
     perplexity = evaluate(random_model(), ["perplexity"], tokenizer=BYTES, data=book, lengths=[64], samples=2, progress=False)
     with pytest.raises(EvaluationError, match="no grid point of any task in common"):

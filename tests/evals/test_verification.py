@@ -75,6 +75,20 @@ def test_a_small_change_of_one_weight_fails(gla: Path) -> None:
     assert "FAILED" in report.verdict
 
 
+def test_loaded_models_are_verified_in_the_dtype_that_is_told_and_stay_as_they_are(tmp_path: Path) -> None:
+    stored = write_gla(tmp_path / "half", vocab_size=259, dtype=torch.bfloat16)
+    base, half = statex.load(stored, dtype=torch.float32), statex.load(stored)
+    base.train()
+    base.model.layers[1].eval()
+    modes = [module.training for module in base.modules()]
+    report = check(base, half)
+    assert (report.dtype, report.same) == ("float32", True)
+    assert check(base, half, dtype="float64").same
+    assert (base.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+    assert [module.training for module in base.modules()] == modes
+    assert not any(module.training for module in half.modules())
+
+
 def test_kl_and_agreement_are_those_of_the_definition() -> None:
     def constant(logits: torch.Tensor) -> nn.Module:
         model = Rule(lambda row: logits.expand(len(row), -1))

@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from statex.kernels import delta_rule, delta_rule_step, gla, gla_step, hgrn, selective_scan, selective_scan_step, ssd, ssd_step
+from statex.kernels import (
+    delta_rule,
+    delta_rule_step,
+    gla,
+    gla_step,
+    hgrn,
+    lift,
+    selective_scan,
+    selective_scan_step,
+    ssd,
+    ssd_step,
+)
 from statex.kernels.pointwise import (
     gated_product,
     norm,
@@ -24,7 +35,6 @@ from tests.kernels.test_scans import hgrn_inputs, scan_inputs
 
 GLA_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "three dimensions": ({"k": torch.zeros(2, 8, 6)}, r"k must be \[B, T, H, D\], got \[2, 8, 6\]"),
-    "no tokens": ({name: torch.zeros(2, 0, 2, 6) for name in ("q", "k", "log_decay")}, "T = 0"),
     "shorter values": ({"v": torch.zeros(2, 7, 2, 10)}, r"v must be \[2, 8, 2, 10\], got \[2, 7, 2, 10\]"),
     "scalar decays": ({"log_decay": torch.zeros(2, 8, 2, 1)}, r"log_decay must be \[2, 8, 2, 6\]"),
     "query heads": ({"q": torch.zeros(2, 8, 3, 6)}, "3 query heads cannot share 2 key heads"),
@@ -46,6 +56,8 @@ SSD_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "D": ({"D": torch.zeros(4, 10)}, r"D must be \[4\]"),
     "state": ({"initial_state": torch.zeros(2, 4, 10, 6)}, r"initial_state must be \[2, 4, 6, 10\]"),
 }
+
+RECURRENCES = ("gla", "ssd", "delta rule", "selective scan", "hgrn")
 
 Call = tuple[Callable[..., Any], Callable[[], dict[str, Any]]]
 CALLS: dict[str, Call] = {
@@ -79,6 +91,31 @@ CALLS: dict[str, Call] = {
         lambda: {"x": torch.zeros(2, 6), "state": torch.zeros(2, 6, 3), "taps": torch.zeros(6, 4), "bias": torch.zeros(6)},
     ),
 }  # fmt: skip
+
+
+EMPTY: list[tuple[str, dict[str, Any], str]] = [
+    ("gla", {name: torch.zeros(2, 8, 2, 0) for name in ("q", "k", "log_decay")}, "K = 0"),
+    ("gla", {name: torch.zeros(2, 8, 0, 6) for name in ("k", "v", "log_decay")}, "H = 0"),
+    ("gla", {"q": torch.zeros(2, 8, 0, 6)}, "Hq = 0"),
+    ("gla", {"v": torch.zeros(2, 8, 2, 0)}, "V = 0"),
+    ("gla", {"mixing": torch.zeros(2, 6, 0)}, "f = 0"),
+    ("ssd", {name: torch.zeros(2, 8, 0, 6) for name in ("B", "C")}, "G = 0"),
+    ("ssd", {name: torch.zeros(2, 8, 2, 0) for name in ("B", "C")}, "N = 0"),
+    ("ssd", {"x": torch.zeros(2, 8, 0, 10)}, "H = 0"),
+    ("ssd", {"x": torch.zeros(2, 8, 4, 0)}, "P = 0"),
+    ("delta rule", {name: torch.zeros(2, 8, 2, 0) for name in ("q", "k")}, "K = 0"),
+    ("delta rule", {"k": torch.zeros(2, 8, 0, 6)}, "Hk = 0"),
+    ("delta rule", {"q": torch.zeros(2, 8, 0, 6)}, "Hq = 0"),
+    ("delta rule", {"v": torch.zeros(2, 8, 0, 10)}, "H = 0"),
+    ("delta rule", {"v": torch.zeros(2, 8, 2, 0)}, "V = 0"),
+    ("selective scan", {"x": torch.zeros(2, 8, 0)}, "I = 0"),
+    ("selective scan", {name: torch.zeros(2, 8, 0) for name in ("B", "C")}, "N = 0"),
+    ("hgrn", {name: torch.zeros(2, 8, 0) for name in ("x", "log_decay")}, "D = 0"),
+    ("gla step", {"k": torch.zeros(2, 0, 6)}, "H = 0"),
+    ("ssd step", {name: torch.zeros(2, 0, 6) for name in ("B", "C")}, "G = 0"),
+    ("delta rule step", {"k": torch.zeros(2, 0, 6)}, "Hk = 0"),
+    ("selective scan step", {name: torch.zeros(2, 0) for name in ("B", "C")}, "N = 0"),
+]
 
 
 def step_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -126,6 +163,7 @@ FITTING: list[tuple[str, dict[str, Any], str]] = [
     ("residual_norm", {"weight": torch.zeros(3)}, r"weight must be \[6\], got \[3\]"),
     ("residual_norm", {"update": torch.zeros(1, 6)}, r"update must be \[2, 6\], got \[1, 6\]"),
     ("norm", {"groups": 4}, "4 groups do not divide 6 channels"),
+    ("norm", {"groups": 0}, "0 groups do not divide 6 channels"),
     ("norm", {"weight": torch.zeros(2)}, r"weight must be \[6\] or \[3\], got \[2\]"),
     ("norm", {"gate": torch.zeros(2, 3)}, r"gate must be \[2, 6\], got \[2, 3\]"),
     ("gated product", {"gate": torch.zeros(1, 6)}, r"gate must be \[2, 6\], got \[1, 6\]"),
@@ -174,7 +212,37 @@ def test_every_tensor_must_lie_on_the_device_of_the_first(name: str) -> None:
             call(**inputs)
 
 
-@pytest.mark.parametrize("name", ["gla", "ssd", "delta rule", "selective scan", "hgrn"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_every_tensor_must_be_of_real_floating_point(name: str, dtype: torch.dtype) -> None:
+    call, make = CALLS[name]
+    for key in (key for key, x in make().items() if isinstance(x, torch.Tensor) and x.is_floating_point()):
+        inputs = make()
+        inputs[key] = inputs[key].to(dtype)
+        with pytest.raises(ValueError, match=f"^{key} must be of a real floating-point dtype, got {dtype}"):
+            call(**inputs)
+
+
+def test_features_of_integers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"x must be of a real floating-point dtype, got torch\.int64"):
+        lift(torch.arange(6), 2)
+
+
+@pytest.mark.parametrize(("name", "changes", "size"), EMPTY)
+def test_sizes_other_than_batch_and_tokens_must_be_positive(name: str, changes: dict[str, Any], size: str) -> None:
+    call, make = CALLS[name]
+    with pytest.raises(ValueError, match=f"sizes must be positive, got {size}"):
+        call(**make() | changes)
+
+
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_borders_must_be_a_tensor(name: str) -> None:
+    call, make = CALLS[name]
+    with pytest.raises(ValueError, match="cu_seqlens must be a tensor, got a list"):
+        call(**make(), cu_seqlens=[0, 8])
+
+
+@pytest.mark.parametrize("name", RECURRENCES)
 def test_an_unknown_backend_is_answered_with_those_there_are(name: str) -> None:
     call, make = CALLS[name]
     with pytest.raises(ValueError, match="unknown backend 'cuda'; choose one of auto, reference, chunked, triton"):

@@ -279,6 +279,7 @@ def test_log_decays_follow_their_equation() -> None:
         ({"down": torch.zeros(33)}, r"down must be \[rank, 33\], got \[33\]"),
         ({"up": torch.zeros(130, 15)}, r"up must be \[channels, 16\], got \[130, 15\]"),
         ({"bias": torch.zeros(1)}, r"bias must be \[130\], got \[1\]"),
+        ({"x": torch.zeros(2, 5, 33).int()}, r"x must be of a real floating-point dtype, got torch\.int32"),
         ({"up": torch.zeros(130, 16, device="meta")}, "up is on meta and x on cpu: move them to one device"),
     ],
 )

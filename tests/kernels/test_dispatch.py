@@ -106,6 +106,13 @@ def test_norms_gates_and_convolutions_are_fused_where_the_kernels_take_them(
     assert pointwise._kernels(activation, *tensors) is None
 
 
+def test_nothing_is_launched_for_empty_tensors() -> None:
+    with FakeTensorMode():
+        x = torch.empty(0, 4, device="cuda")
+    assert pointwise._kernels("silu", x) is None
+    assert triton_backend.step_kernel(x) is None
+
+
 def test_rows_and_taps_beyond_what_the_kernels_hold_take_the_pytorch_form(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Tensor:
         raise AssertionError("launched")

@@ -85,6 +85,21 @@ def test_every_gradient_equals_the_references(name: str, decay: str) -> None:
         assert distance(gradient, expected[part]) < TOLERANCE, part
 
 
+@pytest.mark.usefixtures("every_path")
+@every_kernel
+def test_gradients_of_gradients_equal_the_references(name: str) -> None:
+    kernel, make, options = KERNELS[name]
+    inputs = {key: x.requires_grad_() for key, x in in_float64(make(40, batch=1, **options)).items()}
+
+    def second(backend: str) -> list[Tensor]:
+        out, _ = kernel(**inputs, backend=backend)
+        first = torch.autograd.grad(out.square().sum(), list(inputs.values()), create_graph=True)
+        return list(torch.autograd.grad(sum(x.square().sum() for x in first), list(inputs.values())))
+
+    for ours, theirs in zip(second("chunked"), second("reference"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
 BORDERS = torch.tensor([0, 5, 5, 38, 110])
 
 

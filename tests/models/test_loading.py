@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Mamba2ForCausalLM
 
 from statex.checkpoints import CheckpointWriter, canonical_config, open_checkpoint
-from statex.errors import CheckpointError
+from statex.errors import CheckpointError, StatexError
 from statex.families import get_family
 from statex.models import StatexConfig, StatexForCausalLM, load
+from statex.models.loading import converted
 from tests.fixtures import WRITERS, write_gla, write_mamba2
 from tests.models.build import DESCRIPTIONS, build, every_model, tokens
 
@@ -68,6 +69,46 @@ def test_weights_keep_their_stored_dtype_or_take_the_one_asked_for_and_decays_st
     assert {parameter.dtype for parameter in load(native, dtype=torch.float32).parameters()} == {torch.float32}
     auto = AutoModelForCausalLM.from_pretrained(write_canonical(native, tmp_path / "canonical"))
     assert [p.dtype for p in auto.parameters()] == [p.dtype for p in load(native).parameters()]
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bf16", torch.bfloat16), ("float64", torch.float64), ("auto", torch.float16)])
+def test_load_takes_dtypes_by_name_and_auto_is_the_stored_one(dtype: str, expected: torch.dtype, tmp_path: Path) -> None:
+    assert load(write_gla(tmp_path / "native", dtype=torch.float16), dtype=dtype).dtype == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"dtype": torch.int8}, r"torch\.int8 is not a dtype to compute in.*float32"),
+        ({"dtype": "half a float"}, "'half a float' is not a dtype to compute in"),
+        ({"device": "gpu"}, r"the device cannot be used.*\(gpu\)"),
+    ],
+)
+def test_load_refuses_dtypes_and_devices_that_are_none(options: dict[str, Any], told: str, tmp_path: Path) -> None:
+    native = write_gla(tmp_path / "native")
+    with pytest.raises(StatexError, match=told):
+        load(native, **options)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gla-expanded"])
+@torch.no_grad()
+def test_a_converted_model_is_a_copy_that_equals_one_loaded_so(name: str, tmp_path: Path) -> None:
+    build(name).save_pretrained(tmp_path)
+    model, ids = load(tmp_path), tokens(1, 9)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    copied, expected = converted(model, dtype=torch.bfloat16), load(tmp_path, dtype="bfloat16")
+    assert [weight.dtype for weight in copied.parameters()] == [weight.dtype for weight in expected.parameters()]
+    assert copied(ids).logits.equal(expected(ids).logits)
+    assert all(tensor.equal(before[key]) and tensor.dtype == before[key].dtype for key, tensor in model.state_dict().items())
+    own = {weight.data_ptr() for weight in model.parameters()}
+    assert own.isdisjoint(weight.data_ptr() for weight in copied.parameters())
+
+
+def test_a_model_that_is_as_asked_is_not_copied() -> None:
+    model = build("gla")
+    assert converted(model, dtype=torch.float32, device=torch.device("cpu")) is model
+    half = converted(model, dtype=torch.bfloat16)
+    assert converted(half, dtype=torch.bfloat16) is half
 
 
 def test_load_draws_no_random_numbers_and_leaves_a_model_in_evaluation_mode(tmp_path: Path) -> None:

@@ -105,6 +105,12 @@ def test_overrides_set_numbers_lists_and_list_items() -> None:
     assert recipe.data.mixture[1].model_dump()["num_pairs"] == [4]
 
 
+def test_one_override_may_stand_alone() -> None:
+    assert load_recipe("quickstart", "schedule.max_steps=7").schedule.max_steps == 7
+    with pytest.raises(RecipeError, match="'seven' does not set anything"):
+        load_recipe("quickstart", "seven")
+
+
 def test_an_unknown_recipe_is_answered_with_the_nearest_name() -> None:
     with pytest.raises(RecipeError, match="Did you mean 'recovery'"):
         load_recipe("recover")

@@ -255,11 +255,13 @@ def test_a_tied_table_is_read_whole_for_every_token(tmp_path: Path) -> None:
     assert untied.before.weight_bytes - tied.before.weight_bytes == 32 * 4
 
 
-def test_a_plan_that_was_resolved_before_may_be_passed(tmp_path: Path) -> None:
+def test_a_plan_that_was_resolved_before_may_be_passed_itself_or_as_its_file(tmp_path: Path) -> None:
     base = write("gla", tmp_path / "base")
     with open_checkpoint(base) as checkpoint:
         plan = resolve_plan(checkpoint, operator="lift_keys", factor=2)
     assert expand_checkpoint(base, None, plan, dry_run=True).plan == plan.to_dict()
+    (tmp_path / "plan.yaml").write_text(plan.to_yaml())
+    assert expand_checkpoint(base, None, str(tmp_path / "plan.yaml"), dry_run=True).plan == plan.to_dict()
 
 
 def test_the_table_shows_every_row_and_the_totals(tmp_path: Path) -> None:

@@ -153,6 +153,18 @@ def test_a_missing_plan_file_is_named(tmp_path: Path) -> None:
         resolve_plan(subject("gla"), plan_file=tmp_path / "absent.yaml")
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_plan_given_as_a_path_is_the_file(tmp_path: Path, kind: type) -> None:
+    file = tmp_path / "plan.yaml"
+    file.write_text("operations: [{operator: lift_keys, layers: [1], factor: 2}]")
+    plan = resolve_plan(subject("gla"), plan=kind(file))
+    assert plan == resolve_plan(subject("gla"), plan_file=file)
+    with pytest.raises(PlanError, match=r"absent\.yaml"):
+        resolve_plan(subject("gla"), plan=kind(tmp_path / "absent.yaml"))
+    with pytest.raises(PlanError, match="a plan and a plan file were both given"):
+        resolve_plan(subject("gla"), plan=kind(file), plan_file=file)
+
+
 def test_a_plan_and_single_options_are_not_mixed() -> None:
     with pytest.raises(PlanError, match="a plan and `factor` were both given"):
         resolve_plan(subject("gla"), plan={"operations": [{}]}, factor=2)

@@ -12,6 +12,7 @@ from ...errors import EvaluationError
 from ..comparison import compare
 from ..diagnosis import Diagnosis, load_diagnosis
 from ..diagnosis.findings import DIAGNOSIS_FILE
+from ..listed import listed
 from ..result import EvalResult, load_result, write_text, writing
 from . import html, markdown
 from .comparing import comparison_document
@@ -46,18 +47,18 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return path
 
 
-def report(sources: Sequence[str | Path], out: str | Path) -> list[Path]:
+def report(sources: str | Path | Sequence[str | Path], out: str | Path) -> list[Path]:
     """One report of evaluations and diagnoses: HTML, Markdown, JSON and figures in folder `out`; returns their paths, the HTML
     first.
 
     Several evaluations are compared with the first, on the tasks that they share.
 
     Args:
-        sources: folders that `statex eval -o` or `statex diagnose -o` wrote, or their JSON files.
+        sources: one or several folders that `statex eval -o` or `statex diagnose -o` wrote, or their JSON files.
     Raises:
         EvaluationError: no source, or one that is neither.
     """
-    loaded = [_load(Path(source)) for source in sources]
+    loaded = [_load(Path(source)) for source in listed(sources)]
     if not loaded:
         raise EvaluationError("there is nothing to report", where="report", fix="Give folders that `statex eval -o` wrote")
     results = [each for each in loaded if isinstance(each, EvalResult)]
