@@ -217,7 +217,8 @@ def canonical_config(checkpoint: Checkpoint) -> dict[str, Any]:
     Surgery changes `["statex"]["description"]` and `["statex"]["provenance"]` of the result, which is the caller's own.
     """
     if checkpoint.is_canonical:
-        return copy.deepcopy(checkpoint.config)
+        # Code that an export carries beside its weights does not come along.
+        return {key: copy.deepcopy(value) for key, value in checkpoint.config.items() if key != "auto_map"}
     dialect = dialect_of(checkpoint.dialect, checkpoint.family.name)
     family_config = dialect.to_family(copy.deepcopy(checkpoint.source_config))
     # Code of the source's own modelling files does not belong to the statex model.

@@ -23,7 +23,7 @@ from .data.readers import Shard
 from .data.sources import open_sources
 from .optimizer import freeze, training_roles, undecayed_names
 from .reporting import Reporter
-from .schema import Entry, Recipe
+from .schema import Entry, Recipe, TextEntry
 from .settle import Paths, settle
 from .store import RunStore, check_out, remove_run, resumed_recipe
 from .trainer import Trainer, accumulation_steps, make_accelerator
@@ -95,7 +95,10 @@ def finetune(
     else:
         settled = settle(recipe, data, held_out, overrides or ())
         if accelerator.is_main_process:
-            check_out(out, Path(checkpoint) if Path(checkpoint).exists() else None, force=force)
+            read = [entry.path for entry in (*settled.data.mixture, *settled.evaluation.mixture) if isinstance(entry, TextEntry)]
+            named = [*read, settled.data.tokenizer, *([recipe] if isinstance(recipe, str | Path) else [])]
+            inputs = [Path(path) for path in named if path is not None and Path(path).exists()]
+            check_out(out, Path(checkpoint) if Path(checkpoint).exists() else None, force=force, inputs=inputs)
     with open_checkpoint(checkpoint) as source:
         store = RunStore(out, source)
         trainer = _trainer(settled, source, store, accelerator, store.latest() if resume else None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,11 @@ class RunStore:
         return [path for path in self.checkpoints.glob("step-*") if (path / STATE_FILE).is_file()]
 
 
-def check_out(out: Path, source: Path | None, *, force: bool) -> None:
-    """Refuse a folder in use; with `force` remove it, if an earlier run wrote it. Raises `RecipeError`."""
+def check_out(out: Path, source: Path | None, *, force: bool, inputs: Sequence[Path] = ()) -> None:
+    """Refuse a folder in use, with `force` one that no earlier run wrote, or that holds `source` or other `inputs` of this run.
+
+    Raises `RecipeError`.
+    """
     if source is not None and out.resolve() == source.resolve():
         raise RecipeError("the result would overwrite the checkpoint it starts from", where=str(out), fix="Choose another -o.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -158,6 +161,9 @@ def check_out(out: Path, source: Path | None, *, force: bool) -> None:
         )
     if source is not None and source.resolve().is_relative_to(out.resolve()):
         raise RecipeError("the checkpoint to start from lies in the folder to overwrite", where=str(out), fix="Choose another -o.")
+    for path in inputs:
+        if path.resolve().is_relative_to(out.resolve()):
+            raise RecipeError("what the run reads lies in the folder to overwrite", where=str(path), fix="Choose another -o.")
 
 
 def remove_run(out: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from statex.checkpoints import canonical_config, open_checkpoint
 from statex.errors import CheckpointError
 from statex.models import load
 from statex.models.remote_code import AUTO_MAP, export_hf, flat_modules
@@ -86,3 +87,11 @@ def test_an_export_carries_tokenizer_plan_and_card_and_refuses_to_replace_a_fold
     with pytest.raises(CheckpointError, match="exists already"):
         export_hf(tmp_path / "model", tmp_path / "export")
     export_hf(tmp_path / "model", tmp_path / "export", force=True)
+
+
+def test_what_is_made_of_an_export_names_no_code_that_it_lacks(tmp_path: Path) -> None:
+    build("gla").save_pretrained(tmp_path / "model")
+    export_hf(tmp_path / "model", tmp_path / "export")
+    with open_checkpoint(tmp_path / "export") as export:
+        assert "auto_map" in export.config
+        assert "auto_map" not in canonical_config(export)

@@ -102,6 +102,30 @@ def test_gradient_checkpointing_changes_no_loss(tmp_path: Path, base: Path, text
     assert logs[1] == pytest.approx(logs[0], rel=1e-6)
 
 
+def test_a_run_is_not_resumed_on_text_that_became_shorter(
+    tmp_path: Path, base: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = {"mixture": [{"kind": "text"}], "sequence_length": 24}
+    interrupt_after(monkeypatch, 3)
+    with pytest.raises(TrainingError):
+        run(base, text, tmp_path / "out", data=data)
+    write_documents(text, ["a cat", "a dog"])
+    with pytest.raises(RecipeError, match="not the one that this run has read"):
+        run(base, None, tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("name", ["text.jsonl", "recipe.yaml"])
+def test_force_never_removes_what_the_run_reads(tmp_path: Path, base: Path, text: Path, name: str) -> None:
+    run(base, text, tmp_path / "out")
+    paths = {"text.jsonl": text, "recipe.yaml": tmp_path / "out.yaml"}
+    inside = tmp_path / "out" / name
+    inside.write_bytes(paths[name].read_bytes())
+    paths[name] = inside
+    with pytest.raises(RecipeError, match="lies in the folder to overwrite"):
+        finetune(base, paths["recipe.yaml"], paths["text.jsonl"], tmp_path / "out", force=True, device="cpu", progress=False)
+    assert inside.is_file()
+
+
 class Spacious:
     """A device's memory that holds the activations of all layers."""
 

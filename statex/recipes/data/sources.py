@@ -113,6 +113,9 @@ class TextSource:
         if self.used or self.offset:
             self.piece = self.reader.next()
             self._tokenise()
+            if self.used > len(self.tokens):
+                what, fix = "the text is not the one that this run has read", "Give it back as it was, or start over with --force."
+                raise RecipeError(what, where=self.where, fix=fix)
 
     def _in_piece(self) -> bool:
         """Whether the current piece has tokens left."""
