@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import EvaluationError
+from .listed import listed
 
 FORMATS = ".txt, .jsonl (field `text`), both also as .gz, or .parquet (field `text`)"
 _SENTENCE_START = re.compile(r"(?<=[.!?])\s+(?=\S)")
@@ -82,7 +83,7 @@ def byte_offsets(tokenizer: Encoder, text: str) -> tuple[np.ndarray, np.ndarray]
 
 def source_name(data: str | Path | Sequence[str | Path] | None) -> str:
     """The data's name for messages and notes; file names only, since reports travel."""
-    paths = [] if data is None else [data] if isinstance(data, str | Path) else data
+    paths = listed(data) or []
     return ", ".join(Path(path).name for path in paths)
 
 
@@ -92,7 +93,7 @@ def read_documents(data: str | Path | Sequence[str | Path]) -> list[str]:
     Raises:
         EvaluationError: no such file, unknown ending, a line that is no JSON, no field `text`, or no text at all.
     """
-    paths = [Path(data)] if isinstance(data, str | Path) else [Path(path) for path in data]
+    paths = [Path(path) for path in listed(data)]
     documents = [text for path in paths for text in _read(path) if text.strip()]
     if not documents:
         raise EvaluationError(

@@ -224,7 +224,7 @@ def _local_mask(attention_mask: Tensor | None, shape: torch.Size) -> Tensor | No
         return None
     if attention_mask.dim() != 2 or attention_mask.shape[0] != shape[0] or attention_mask.shape[1] < shape[1]:
         raise ValueError(f"attention_mask must be [{shape[0]}, {shape[1]} or more tokens], not {list(attention_mask.shape)}")
-    local = attention_mask[:, -shape[1] :] if shape[1] else attention_mask[:, :0]
+    local = attention_mask[:, attention_mask.shape[1] - shape[1] :]
     if not torch.compiler.is_compiling() and local.device.type == "cpu" and bool(local.all()):
         return None
     return local
@@ -365,7 +365,7 @@ class StatexForCausalLM(StatexPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             cu_seqlens=cu_seqlens,
-            **{name: kwargs[name] for name in ("cu_seq_lens_q", "position_ids") if name in kwargs},
+            **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         loss: Tensor | None = None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError
+from ..evals.listed import listed
 from .library import load_recipe
 from .schema import Entry, Recipe, TextEntry
 
@@ -38,13 +39,13 @@ def settle(
         like = (_texts(mixture) or [TextEntry()])[0]
         held_out_mixture = [like.model_copy(update={"path": None}), *held_out_mixture]
     filled = {
-        "data": loaded.data.model_copy(update={"mixture": _filled(mixture, _listed(data), "--data")}),
-        "evaluation": loaded.evaluation.model_copy(update={"mixture": _filled(held_out_mixture, _listed(held_out), "--held-out")}),
+        "data": loaded.data.model_copy(update={"mixture": _filled(mixture, listed(data), "--data")}),
+        "evaluation": loaded.evaluation.model_copy(update={"mixture": _filled(held_out_mixture, listed(held_out), "--held-out")}),
     }
     return loaded.model_copy(update=filled)
 
 
-def _filled(mixture: Sequence[Entry], paths: list[str], option: str) -> list[Entry]:
+def _filled(mixture: Sequence[Entry], paths: list[str | Path] | None, option: str) -> list[Entry]:
     """The mixture with an entry for each path, which share the weight of those that they replace."""
     texts = _texts(mixture)
     open_texts = [entry for entry in texts if entry.path is None]
@@ -56,15 +57,9 @@ def _filled(mixture: Sequence[Entry], paths: list[str], option: str) -> list[Ent
     if not replaced:
         raise RecipeError(f"the recipe has no text entry for {option} to fill", fix="Add `- kind: text` to its mixture.")
     weight = sum(entry.weight for entry in replaced) / len(paths)
-    fills = [replaced[0].model_copy(update={"path": path, "weight": weight}) for path in paths]
+    fills = [replaced[0].model_copy(update={"path": str(path), "weight": weight}) for path in paths]
     return [*fills, *(entry for entry in mixture if not any(entry is old for old in replaced))]
 
 
 def _texts(mixture: Sequence[Entry]) -> list[TextEntry]:
     return [entry for entry in mixture if isinstance(entry, TextEntry)]
-
-
-def _listed(paths: Paths) -> list[str]:
-    if paths is None:
-        return []
-    return [str(paths)] if isinstance(paths, str | Path) else [str(path) for path in paths]

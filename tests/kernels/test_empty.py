@@ -42,6 +42,10 @@ def test_a_recurrence_over_nothing_gives_every_input_a_gradient(name: str, make:
         if key in inputs:
             assert gradient.shape == inputs[key].shape, key
             assert key == "initial_state" or not gradient.any(), key
+    leaves = {key: x.requires_grad_() if isinstance(x, Tensor) else x for key, x in make(name).items()}
+    output, _ = CALLS[name][0](**leaves, backend=backend)
+    output.sum().backward()
+    assert all(x.grad is not None for x in leaves.values() if isinstance(x, Tensor))
 
 
 @every_backend

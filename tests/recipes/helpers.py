@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from transformers import ByT5Tokenizer
 
 from statex.checkpoints import CheckpointWriter, TensorInfo, canonical_config, open_checkpoint
+from statex.recipes import FinetuneResult, finetune
+from statex.recipes.reporting import read_log
+from statex.recipes.trainer import Trainer
 from statex.surgery import expand_checkpoint
 from tests.fixtures import write_gla, write_mamba2
 
@@ -85,3 +91,31 @@ def write_recipe(path: Path, **sections: dict[str, Any]) -> Path:
     """`recipe_values` as a file."""
     path.write_text(yaml.safe_dump(recipe_values(**sections)))
     return path
+
+
+def run(checkpoint: Path, text: Path | None, out: Path, resume: bool = False, **sections: dict[str, Any]) -> FinetuneResult:
+    if resume:
+        return finetune(checkpoint, out=out, resume=True, device="cpu", progress=False)
+    recipe = write_recipe(out.with_name(out.name + ".yaml"), **sections)
+    return finetune(checkpoint, recipe, text, out, device="cpu", progress=False)
+
+
+def log_without_times(out: Path) -> list[dict[str, float]]:
+    return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in read_log(out / "log.csv")]
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    with open_checkpoint(path) as checkpoint:
+        return {name: checkpoint.load(name) for name in checkpoint.tensors}
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send Ctrl-C while that step is computed."""
+    real = Trainer._step
+
+    def interrupted(self: Trainer) -> Any:
+        if self.progress.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)

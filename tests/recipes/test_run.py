@@ -1,69 +1,31 @@
 """`finetune` end to end on the real models."""
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 import yaml
 
 from statex.checkpoints import open_checkpoint
-from statex.errors import RecipeError, StatexError, TrainingError
+from statex.errors import RecipeError, StatexError
 from statex.models import load
-from statex.models.activations import FittedCheckpointing
-from statex.recipes import FinetuneResult, finetune, load_recipe
+from statex.recipes import finetune, load_recipe
 from statex.recipes.reporting import read_log
-from statex.recipes.trainer import Trainer, accumulation_steps
+from statex.recipes.trainer import accumulation_steps
 
-from .helpers import write_byte_gla, write_byte_mamba2, write_documents, write_lifted, write_recipe, write_widened
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return write_byte_gla(tmp_path / "base")
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    return write_documents(tmp_path / "text.jsonl", ["the cat sat on the mat. " * 4, "a dog ate the log. " * 3])
-
-
-def run(checkpoint: Path, text: Path | None, out: Path, resume: bool = False, **sections: dict[str, Any]) -> FinetuneResult:
-    if resume:
-        return finetune(checkpoint, out=out, resume=True, device="cpu", progress=False)
-    recipe = write_recipe(out.with_name(out.name + ".yaml"), **sections)
-    return finetune(checkpoint, recipe, text, out, device="cpu", progress=False)
-
-
-def log_without_times(out: Path) -> list[dict[str, float]]:
-    return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in read_log(out / "log.csv")]
-
-
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    with open_checkpoint(path) as checkpoint:
-        return {name: checkpoint.load(name) for name in checkpoint.tensors}
-
-
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Send Ctrl-C while that step is computed."""
-    real = Trainer._step
-
-    def interrupted(self: Trainer) -> Any:
-        if self.progress.step + 1 == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(self)
-
-    monkeypatch.setattr(Trainer, "_step", interrupted)
-
+from .helpers import (
+    log_without_times,
+    run,
+    tensors,
+    write_byte_gla,
+    write_byte_mamba2,
+    write_documents,
+    write_lifted,
+    write_recipe,
+    write_widened,
+)
 
 # --- learning --------------------------------------------------------------------------------------------------------------
 
@@ -91,93 +53,6 @@ def test_gradients_of_a_step_do_not_depend_on_how_it_is_split(tmp_path: Path, ba
         logs.append(log_without_times(tmp_path / name))
     for whole, split in zip(*logs, strict=True):
         assert split == pytest.approx(whole, rel=1e-4)
-
-
-def test_gradient_checkpointing_changes_no_loss(tmp_path: Path, base: Path, text: Path) -> None:
-    logs = []
-    for flag in (False, True):
-        training = {"batch_size": 2, "gradient_checkpointing": flag, "save_every": 10}
-        run(base, text, tmp_path / str(flag), training=training)
-        logs.append([row["loss"] for row in read_log(tmp_path / str(flag) / "log.csv")])
-    assert logs[1] == pytest.approx(logs[0], rel=1e-6)
-
-
-def test_a_run_is_not_resumed_on_text_that_became_shorter(
-    tmp_path: Path, base: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = {"mixture": [{"kind": "text"}], "sequence_length": 24}
-    interrupt_after(monkeypatch, 3)
-    with pytest.raises(TrainingError):
-        run(base, text, tmp_path / "out", data=data)
-    write_documents(text, ["a cat", "a dog"])
-    with pytest.raises(RecipeError, match="not the one that this run has read"):
-        run(base, None, tmp_path / "out", resume=True)
-
-
-@pytest.mark.parametrize("name", ["text.jsonl", "recipe.yaml"])
-def test_force_never_removes_what_the_run_reads(tmp_path: Path, base: Path, text: Path, name: str) -> None:
-    run(base, text, tmp_path / "out")
-    paths = {"text.jsonl": text, "recipe.yaml": tmp_path / "out.yaml"}
-    inside = tmp_path / "out" / name
-    inside.write_bytes(paths[name].read_bytes())
-    paths[name] = inside
-    with pytest.raises(RecipeError, match="lies in the folder to overwrite"):
-        finetune(base, paths["recipe.yaml"], paths["text.jsonl"], tmp_path / "out", force=True, device="cpu", progress=False)
-    assert inside.is_file()
-
-
-class Spacious:
-    """A device's memory that holds the activations of all layers."""
-
-    def allocated(self) -> int:
-        return 0
-
-    def peak(self) -> int:
-        return 0
-
-    def capacity(self) -> int:
-        return 1
-
-    def restart(self) -> None:
-        pass
-
-
-def test_where_memory_runs_out_a_step_begins_anew_with_all_layers_checkpointed(
-    tmp_path: Path, base: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = run(base, text, tmp_path / "plain")
-    train, losses, kept = Trainer.train, Trainer._losses, []
-
-    def fitted_train(self: Trainer, *args: Any) -> Any:
-        self.fitted = FittedCheckpointing(self.model, Spacious())
-        return train(self, *args)
-
-    def scarce_losses(self: Trainer, batches: Any, divisor: float) -> Any:
-        assert self.fitted is not None
-        kept.append(self.fitted.kept)
-        if self.progress.step == 3 and self.fitted.kept:
-            losses(self, batches[:1], divisor)  # leaves gradients of a part of the step
-            raise torch.OutOfMemoryError
-        return losses(self, batches, divisor)
-
-    monkeypatch.setattr(Trainer, "train", fitted_train)
-    monkeypatch.setattr(Trainer, "_losses", scarce_losses)
-    run(base, text, tmp_path / "out", training={"gradient_checkpointing": True})
-    assert kept == [0, 0, 2, 2, 0, 0, 0]
-    assert [row["loss"] for row in read_log(expected.log)] == pytest.approx(
-        [row["loss"] for row in read_log(tmp_path / "out/log.csv")], rel=1e-6
-    )
-
-
-def test_a_batch_that_memory_does_not_hold_is_told_with_what_to_set(
-    tmp_path: Path, base: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def out_of_memory(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(Trainer, "_losses", out_of_memory)
-    with pytest.raises(TrainingError, match=r"memory does not suffice(?s:.)*training\.batch_size"):
-        run(base, text, tmp_path / "out")
 
 
 def test_bf16_autocast_trains_fp32_masters(tmp_path: Path, base: Path, text: Path) -> None:
@@ -261,138 +136,6 @@ def test_faster_rows_change_the_run_and_not_where_it_starts_and_the_card_tells_t
     assert "(new ×1, expanded ×1, rows ×10, rest ×1)" in (tmp_path / "fast/README.md").read_text()
 
 
-# --- stopping and going on -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("write", [write_byte_gla, write_byte_mamba2])
-@pytest.mark.parametrize("wide", [False, True])
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, write: Any, wide: bool
-) -> None:
-    model = write(tmp_path / "model")
-    sections: dict[str, Any] = {"schedule": {"max_steps": 8, "warmup_steps": 2}, "logging": {"every": 2}}
-    if wide:
-        model = write_widened(tmp_path / "wide", model)
-        sections |= {"optimizer": {"multipliers": {"rows": 10.0}}, "training": {"precision": "bf16"}}
-    run(model, text, tmp_path / "whole", **sections)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 5)
-        with pytest.raises(TrainingError, match="stopped after step 5"):
-            run(model, text, tmp_path / "parts", **sections)
-    assert not (tmp_path / "parts/config.json").exists()
-    run(model, None, tmp_path / "parts", resume=True)
-    assert log_without_times(tmp_path / "parts") == log_without_times(tmp_path / "whole")
-    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-
-
-def test_ctrl_c_saves_and_says_how_to_resume(tmp_path: Path, base: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt_after(monkeypatch, 3)
-    with pytest.raises(TrainingError) as caught:
-        run(base, text, tmp_path / "out")
-    assert f"statex finetune {base} -o {tmp_path / 'out'} --resume" in str(caught.value)
-    assert str(tmp_path / "out/checkpoints/step-3") in str(caught.value)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_lines_logged_after_the_checkpoint_are_replaced_on_resuming(
-    tmp_path: Path, base: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(self: Trainer) -> Any:
-        if self.progress.step == 3:
-            raise RuntimeError("killed")
-        return real(self)
-
-    real = Trainer._step
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", killed)
-        with pytest.raises(RuntimeError, match="killed"):
-            run(base, text, tmp_path / "out")
-    assert [row["step"] for row in read_log(tmp_path / "out/log.csv")] == [1, 2, 3]
-    run(base, None, tmp_path / "out", resume=True)
-    assert [row["step"] for row in read_log(tmp_path / "out/log.csv")] == [1, 2, 3, 4, 5, 6]
-
-
-def test_nan_stops_before_the_update_and_keeps_the_last_good_checkpoint(
-    tmp_path: Path, base: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = Trainer._forward
-
-    def poisoned(self: Trainer, *args: Any) -> torch.Tensor:
-        return real(self, *args) * (float("nan") if self.progress.step == 3 else 1.0)
-
-    monkeypatch.setattr(Trainer, "_forward", poisoned)
-    with pytest.raises(TrainingError, match="the loss is nan") as caught:
-        run(base, text, tmp_path / "out")
-    kept = tmp_path / "out/checkpoints/step-2"
-    assert str(kept) in str(caught.value)
-    assert all(tensor.isfinite().all() for tensor in tensors(kept).values())
-    assert not (tmp_path / "out/config.json").exists()
-
-
-def test_a_spike_saves_nothing_and_stops_with_the_checkpoint_before_it(
-    tmp_path: Path, base: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = Trainer._forward
-
-    def diverging(self: Trainer, *args: Any) -> torch.Tensor:
-        return real(self, *args) * (100.0 if self.progress.step >= 7 else 1.0)
-
-    monkeypatch.setattr(Trainer, "_forward", diverging)
-    training = {"batch_size": 2, "save_every": 2, "spike_guard": {"factor": 2.0, "patience": 5}}
-    with pytest.raises(TrainingError, match="above 2 times its median") as caught:
-        run(base, text, tmp_path / "out", schedule={"max_steps": 20}, training=training)
-    assert str(tmp_path / "out/checkpoints/step-6") in str(caught.value)
-    assert sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir()) == ["step-4", "step-6"]
-
-
-def test_a_full_disk_leaves_the_last_good_checkpoint(
-    tmp_path: Path, base: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, calls = torch.save, []
-
-    def full(*args: Any, **options: Any) -> None:
-        calls.append(args)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-        real(*args, **options)
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(TrainingError, match="No space left") as caught:
-        run(base, text, tmp_path / "out")
-    assert str(tmp_path / "out/checkpoints/step-2") in str(caught.value)
-    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-2"]
-
-
-def test_a_result_that_could_not_be_written_is_written_on_resuming(tmp_path: Path, base: Path, text: Path) -> None:
-    run(base, text, tmp_path / "out")
-    before = tensors(tmp_path / "out")
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / "out" / name).unlink()
-    assert run(base, None, tmp_path / "out", resume=True).steps == 6
-    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(tmp_path / "out").items())
-
-
-def test_a_resumed_run_may_change_only_what_changes_no_weight(
-    tmp_path: Path, base: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 3)
-        with pytest.raises(TrainingError):
-            run(base, text, tmp_path / "out")
-    options: dict[str, Any] = {"out": tmp_path / "out", "resume": True, "device": "cpu", "progress": False}
-    with pytest.raises(RecipeError, match=r"cannot change optimizer\.learning_rate"):
-        finetune(base, overrides=["optimizer.learning_rate=1"], **options)
-    with pytest.raises(RecipeError, match="keeps its recipe and data"):
-        finetune(base, "lpt", **options)
-    with pytest.raises(RecipeError, match="other parameters"):
-        finetune(write_lifted(tmp_path / "lifted", base), **options)
-    result = finetune(base, overrides=["logging.every=3"], **options)
-    assert [row["step"] for row in read_log(result.log)] == [1, 2, 3, 6]
-    with pytest.raises(RecipeError, match="complete"):
-        finetune(base, **options)
-
-
 # --- bad input -----------------------------------------------------------------------------------------------------------
 
 
@@ -436,6 +179,18 @@ def test_an_earlier_run_is_overwritten_only_when_forced(tmp_path: Path, base: Pa
         run(base, text, tmp_path / "out")
     finetune(base, tmp_path / "out.yaml", text, tmp_path / "out", force=True, device="cpu", progress=False)
     assert read_log(tmp_path / "out/log.csv")[-1]["step"] == 6
+
+
+@pytest.mark.parametrize("name", ["text.jsonl", "recipe.yaml"])
+def test_force_never_removes_what_the_run_reads(tmp_path: Path, base: Path, text: Path, name: str) -> None:
+    run(base, text, tmp_path / "out")
+    paths = {"text.jsonl": text, "recipe.yaml": tmp_path / "out.yaml"}
+    inside = tmp_path / "out" / name
+    inside.write_bytes(paths[name].read_bytes())
+    paths[name] = inside
+    with pytest.raises(RecipeError, match="lies in the folder to overwrite"):
+        finetune(base, paths["recipe.yaml"], paths["text.jsonl"], tmp_path / "out", force=True, device="cpu", progress=False)
+    assert inside.is_file()
 
 
 def test_force_never_removes_a_folder_that_no_run_wrote(tmp_path: Path, base: Path, text: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class TextSource:
         return Fragment(ids, labels)
 
     def state(self) -> dict[str, Any]:
-        return {"reader": self.piece_state, "offset": self.offset, "used": self.used}
+        return {"reader": self.piece_state, "offset": self.offset, "used": self.used, "piece": self._digest()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.reader.load_state(state["reader"])
@@ -113,9 +114,13 @@ class TextSource:
         if self.used or self.offset:
             self.piece = self.reader.next()
             self._tokenise()
-            if self.used > len(self.tokens):
+            if state.get("piece", self._digest()) != self._digest() or self.used > len(self.tokens):
                 what, fix = "the text is not the one that this run has read", "Give it back as it was, or start over with --force."
                 raise RecipeError(what, where=self.where, fix=fix)
+
+    def _digest(self) -> int | None:
+        """Of the current piece, by which a resumed run knows its text again."""
+        return None if self.piece is None else zlib.crc32(self.piece.text)
 
     def _in_piece(self) -> bool:
         """Whether the current piece has tokens left."""
